@@ -1,0 +1,1 @@
+"""Device side: numpy and one vendor runtime; never torch (`torch_` apart)."""

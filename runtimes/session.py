@@ -1,0 +1,292 @@
+"""Session: one loaded artifact, and the input checks that every backend shares.
+
+A language-model session holds its KV cache: `run({"ids": int32 [1, S]})` appends S tokens and returns the logits of
+the last one. Every other session is a pure function of its feeds. Returned arrays are views that the next `run`
+overwrites.
+
+A backend subclasses `CheckedSession` and writes `_run`, `_reset`, `_close` and the classmethod `open`; it never sees
+an input that the artifact's signature does not allow. Memory layout and byte order of inputs: a non-contiguous array
+is a layout and is copied; a byte-swapped array is another dtype and is refused, as is every other dtype.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+import numpy as np
+
+from runtimes.errors import Fault
+
+if TYPE_CHECKING:
+    from runtimes.bundle import Artifact, Bundle, TensorSpec
+
+Array = np.ndarray[Any, Any]
+
+
+class RuntimeInputError(Fault):
+    """A feed that the artifact's signature does not allow; the session is unchanged and can go on."""
+
+
+class KvOverflow(RuntimeInputError):
+    """More tokens than the KV cache holds."""
+
+
+class SessionClosed(Fault):
+    """The session was used after `close`."""
+
+
+class SessionBusy(Fault):
+    """The session was entered by a second thread while a first one was inside."""
+
+
+class OutOfDeviceMemory(Fault):
+    """The backend could not allocate what this step needs."""
+
+
+class BackendUnavailable(Fault):
+    """No such backend, or its package is not installed on this device."""
+
+
+class Session(Protocol):
+    """A loaded artifact. `position` and `capacity` count tokens; both are 0 for an artifact without a KV cache."""
+
+    position: int
+    capacity: int
+
+    def reset(self) -> None:
+        """Empties the KV cache."""
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """One step. Raises RuntimeInputError, SessionClosed, SessionBusy, OutOfDeviceMemory."""
+
+    def close(self) -> None:
+        """Releases the model. A second call does nothing."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a signature does not say: the KV capacity in tokens (0 = no cache), and for each integer input the
+    exclusive upper bound of its values (vocabulary or codebook size)."""
+
+    capacity: int = 0
+    high: Mapping[str, int] = field(default_factory=dict)
+
+
+def limits_of(bundle: Bundle, artifact: Artifact) -> Limits:
+    """The limits of an artifact, from the manifest's vocabulary, context and codebooks."""
+    if artifact.component == "lm":
+        return Limits(bundle.context, {"ids": bundle.vocab_size})
+    modality = bundle.modalities.get(artifact.component.split("_")[0])
+    if modality is None or not any(spec.name == "codes" for spec in artifact.inputs):
+        return Limits()
+    return Limits(0, {"codes": modality.codebook_size})
+
+
+class CheckedSession(ABC):
+    """The checks, the bookkeeping of positions and the guards; a backend adds the run itself.
+
+    `run` costs a few microseconds for a one-token step: a step of a small model takes 500.
+    With `timing`, a backend stores the seconds of its vendor's own call in `last_run_seconds`, so that the cost of
+    everything around it can be measured.
+    """
+
+    def __init__(self, artifact: Artifact, limits: Limits, *, timing: bool = False) -> None:
+        self.artifact = artifact
+        self.capacity = limits.capacity
+        self.position = 0
+        self.timing = timing
+        self.last_run_seconds = 0.0
+        self._where = f"{artifact.component} ({artifact.backend} {artifact.form} {artifact.mode})"
+        self._checks = tuple(
+            _InputCheck(spec, limits.high.get(spec.name), self._where)
+            for spec in artifact.inputs
+            if spec.name != "last"
+        )
+        self._last = np.zeros(1, np.int32) if any(spec.name == "last" for spec in artifact.inputs) else None
+        self._guard = threading.Lock()
+        self._closed = False
+
+    @classmethod
+    @abstractmethod
+    def open(cls, bundle: Bundle, artifact: Artifact, *, threads: int | None = None, timing: bool = False) -> Self:
+        """Loads the artifact's files out of the bundle."""
+
+    @abstractmethod
+    def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:
+        """The backend's step on checked, C-contiguous feeds ("last" included when the artifact has it).
+        `self.position` is the number of tokens held before this step."""
+
+    @abstractmethod
+    def _reset(self) -> None:
+        """Forgets the KV cache; the base class sets `position` to 0."""
+
+    @abstractmethod
+    def _close(self) -> None:
+        """Releases the vendor's objects."""
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        if not self._guard.acquire(blocking=False):
+            raise self._busy()
+        try:
+            if self._closed:
+                raise SessionClosed("the session is closed", self._where, "Open a new one with open_session")
+            checked = self._check(feeds)
+            if not self.capacity:
+                return self._run(checked)
+            length = self._admit(checked["ids"].shape[-1])
+            outputs = self._run(checked | {"last": self._last} if self._last is not None else checked)
+            self.position += length
+            return outputs
+        except MemoryError as error:
+            raise OutOfDeviceMemory(
+                "out of memory in a step", self._where, "Use a smaller batch or a shorter input"
+            ) from error
+        finally:
+            self._guard.release()
+
+    def reset(self) -> None:
+        if not self._guard.acquire(blocking=False):
+            raise self._busy()
+        try:
+            if self._closed:
+                raise SessionClosed("the session is closed", self._where, "Open a new one with open_session")
+            self._reset()
+            self.position = 0
+        finally:
+            self._guard.release()
+
+    def close(self) -> None:
+        if not self._guard.acquire(blocking=False):
+            raise self._busy()
+        try:
+            if not self._closed:
+                self._closed = True
+                self._close()
+        finally:
+            self._guard.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _busy(self) -> SessionBusy:
+        return SessionBusy(
+            "another thread is inside this session", self._where, "Give each thread its own session, or use a lock"
+        )
+
+    def _check(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        checked: dict[str, Array] = {}
+        symbols: dict[str, int] = {}
+        for check in self._checks:
+            checked[check.name] = check(feeds.get(check.name), symbols)
+        if len(feeds) != len(checked):
+            unknown = sorted(set(feeds) - set(checked))
+            known = ", ".join(check.name for check in self._checks)
+            raise RuntimeInputError(f"unknown input {unknown[0]!r}", self._where, f"This artifact takes: {known}")
+        return checked
+
+    def _admit(self, length: int) -> int:
+        """Places `length` new tokens after those held and points "last" at the final one."""
+        end = self.position + length
+        if end > self.capacity:
+            raise KvOverflow(
+                f"{self.position} tokens held + {length} new > {self.capacity} that the KV cache holds",
+                self._where,
+                "Call reset(), or shorten the input",
+            )
+        if self._last is not None:
+            self._last[0] = end - 1
+        return length
+
+
+class _InputCheck:
+    """One input's dtype, rank, shape and value range, with an error that says which of them is wrong."""
+
+    def __init__(self, spec: TensorSpec, high: int | None, where: str) -> None:
+        self.name = spec.name
+        self.dtype = np.dtype(spec.dtype)
+        self.shape = tuple(spec.shape)
+        self.high = high
+        self.floating = self.dtype.kind == "f"
+        self.where = f"{where} input {spec.name!r}"
+
+    def __call__(self, array: Array | None, symbols: dict[str, int]) -> Array:
+        """The array itself, or a C-contiguous copy of it. `symbols` binds this run's symbolic dimensions."""
+        if not isinstance(array, np.ndarray):
+            raise self._missing(array)
+        if array.dtype != self.dtype:
+            raise self._wrong(f"dtype {array.dtype.str}, expected {self.dtype.str}", "Convert it with astype")
+        shape = array.shape
+        if len(shape) != len(self.shape):
+            raise self._wrong(f"rank {len(shape)} (shape {list(shape)}), expected shape {list(self.shape)}")
+        for size, expected in zip(shape, self.shape):
+            wanted = symbols.setdefault(expected, size) if isinstance(expected, str) else expected
+            if size != wanted:
+                raise self._wrong(f"shape {list(shape)}, expected {list(self.shape)}")
+            if size == 0:
+                raise self._wrong(f"empty: shape {list(shape)}", "Feed at least one element")
+        if self.high is not None:
+            self._check_range(array, self.high)
+        elif self.floating and not np.isfinite(array).all():
+            raise self._wrong("holds NaN or infinity", "Feed finite values")
+        return array if array.flags.c_contiguous else np.ascontiguousarray(array)
+
+    def _check_range(self, array: Array, high: int) -> None:
+        # A decoding step feeds one token; min() and max() would cost more than all the other checks together.
+        low_value, high_value = (array.item(),) * 2 if array.size == 1 else (array.min(), array.max())
+        if low_value < 0 or high_value >= high:
+            culprit = low_value if low_value < 0 else high_value
+            raise self._wrong(f"value {culprit} is outside 0..{high - 1}")
+
+    def _missing(self, value: object) -> RuntimeInputError:
+        if value is None:
+            return self._wrong("is missing")
+        return self._wrong(f"is a {type(value).__name__}, not a numpy array", "Convert it with numpy.asarray")
+
+    def _wrong(self, what: str, way_out: str = "") -> RuntimeInputError:
+        return RuntimeInputError(what, self.where, way_out)
+
+
+BACKENDS: dict[str, tuple[str, str]] = {
+    "onnx": ("runtimes.onnxruntime_", "OnnxRuntimeSession"),
+    "torch": ("runtimes.torch_", "TorchSession"),
+}
+
+
+def open_session(
+    bundle: Bundle, artifact: Artifact, threads: int | None = None, *, timing: bool = False
+) -> CheckedSession:
+    """Loads an artifact of a bundle. `threads` None leaves the number to the backend.
+
+    Raises BackendUnavailable for a backend that this version does not know or whose package is not installed.
+    """
+    entry = BACKENDS.get(artifact.backend)
+    if entry is None:
+        known = ", ".join(sorted(BACKENDS))
+        raise BackendUnavailable(f"no runtime for backend {artifact.backend!r}", artifact.component, f"Known: {known}")
+    module, name = entry
+    try:
+        session_class: type[CheckedSession] = getattr(import_module(module), name)
+        return session_class.open(bundle, artifact, threads=threads, timing=timing)
+    except ModuleNotFoundError as error:
+        raise BackendUnavailable(
+            f"package {error.name!r} is not installed",
+            f"backend {artifact.backend!r}",
+            f"Install it with the extra of that name: pip install '.[{artifact.backend}]'",
+        ) from error
