@@ -1,0 +1,152 @@
+"""Opens, checks and publishes bundles. Standard library only.
+
+A bundle is a folder: manifest.json and the files that it names, each with its size and SHA-256. `load_bundle` checks
+the manifest; `Bundle.verify` hashes every file against it. A builder works in `staged(output)`, writes its files,
+calls `write_manifest` last, and on leaving the block the folder takes the output's place in one step
+(runtimes/publish.py holds the crash rule).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runtimes.files import Progress, hash_file, open_plain, quiet, scan, storage_errors, sync_tree, write_durably
+from runtimes.manifest import (
+    MANIFEST,
+    MAX_MANIFEST_BYTES,
+    SCHEMA,
+    Artifact,
+    BundleError,
+    FileInfo,
+    Manifest,
+    Modality,
+    SpecialTokens,
+    StateSpec,
+    StudentInfo,
+    TensorSpec,
+    Tolerance,
+    UnsafeBundlePath,
+    comparable,
+    dump_manifest,
+    safe_path,
+)
+from runtimes.manifest_json import load_json, parse_manifest
+from runtimes.publish import BundleBusy, publish, recover, staged
+
+__all__ = [
+    "MANIFEST",
+    "SCHEMA",
+    "Artifact",
+    "Bundle",
+    "BundleBusy",
+    "BundleError",
+    "FileInfo",
+    "Manifest",
+    "Modality",
+    "SpecialTokens",
+    "StateSpec",
+    "StudentInfo",
+    "TensorSpec",
+    "Tolerance",
+    "UnsafeBundlePath",
+    "comparable",
+    "load_bundle",
+    "publish",
+    "staged",
+    "write_manifest",
+]
+
+
+@dataclass(frozen=True)
+class Bundle(Manifest):
+    """An opened bundle: the manifest's fields and the folder that they describe."""
+
+    folder: Path
+
+    def file(self, path: str) -> Path:
+        """The absolute path of a file of the bundle, given as the manifest writes it."""
+        if path not in self.files and path not in self.mutable:
+            raise BundleError(f"{self.folder}: {path!r} is not a file of this bundle; see its {MANIFEST}")
+        return self.folder / path
+
+    def artifact(
+        self, component: str, backend: str | None = None, form: str | None = None, mode: str | None = None
+    ) -> Artifact:
+        """The preferred artifact of a component, or the first one of the given backend, form and mode."""
+        held = [a for a in self.artifacts if a.component == component]
+        wanted = {"backend": backend, "form": form, "mode": mode}
+        given = {key: value for key, value in wanted.items() if value is not None}
+        found = [a for a in held if (all(getattr(a, k) == v for k, v in given.items()) if given else a.preferred)]
+        if not found:
+            asked = " ".join(f"{key}={value}" for key, value in given.items()) or "preferred"
+            there = ", ".join(a.label for a in held) or "no artifact of that component"
+            raise BundleError(f"{self.folder}: no {asked} artifact for {component}; this bundle holds: {there}")
+        return found[0]
+
+    def verify(self, progress: Progress = quiet) -> None:
+        """Hashes every file. Raises BundleError for a file that is missing, changed, a link, or not in the manifest."""
+        with storage_errors(self.folder):
+            found = scan(self.folder)
+            for path in found:
+                if path not in self.files and path not in self.mutable and path != MANIFEST:
+                    raise BundleError(
+                        f"{self.folder / path}: is not in the manifest; remove it, or fetch the bundle again"
+                    )
+            for path, expected in self.files.items():
+                if path not in found:
+                    raise BundleError(f"{self.folder / path}: is missing; fetch the bundle again")
+                if found[path] != expected.size:
+                    sizes = f"{found[path]} bytes instead of {expected.size}"
+                    raise BundleError(f"{self.folder / path}: has {sizes}; fetch the bundle again")
+                if hash_file(self.folder / path, progress) != expected:
+                    raise BundleError(
+                        f"{self.folder / path}: does not have the manifest's SHA-256; fetch the bundle again"
+                    )
+
+
+def load_bundle(path: str | os.PathLike[str]) -> Bundle:
+    """Opens a bundle folder and checks its manifest (not the files' contents: `Bundle.verify` does).
+
+    Raises BundleError naming the file or field.
+    """
+    folder = Path(path)
+    recover(folder)
+    manifest = folder / MANIFEST
+    if not folder.is_dir():
+        state = "is not a folder (an archive is opened by runtimes.archive)" if folder.exists() else "does not exist"
+        raise BundleError(f"{folder}: {state}; give the folder that exporters.build made")
+    if not manifest.exists() and not manifest.is_symlink():
+        raise BundleError(
+            f"{folder}: has no {MANIFEST}, so it is not a bundle; give the folder that exporters.build made"
+        )
+    with storage_errors(manifest), open(open_plain(manifest), "rb") as file:
+        data = file.read(MAX_MANIFEST_BYTES + 1)
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise BundleError(f"{manifest}: is larger than {MAX_MANIFEST_BYTES} bytes; fetch the bundle again")
+    try:
+        parsed = parse_manifest(load_json(data, MANIFEST))
+    except BundleError as error:
+        raise type(error)(f"{folder}: {error}") from error
+    return Bundle(**vars(parsed), folder=folder)
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any], progress: Progress = quiet) -> Bundle:
+    """Finishes a bundle: syncs and hashes its files into `files`, checks the manifest, and writes it last.
+
+    `manifest` holds every field but `schema` and `files`. Paths in `mutable` (reports) are not hashed, and need not be
+    there yet. Files written after this call, but for those, make `verify` fail.
+    """
+    mutable = {safe_path(path, "mutable") for path in manifest.get("mutable", ())}
+    with storage_errors(folder):
+        (folder / MANIFEST).unlink(missing_ok=True)
+        sync_tree(folder, progress)
+        files = {path: hash_file(folder / path, progress) for path in scan(folder) if path not in mutable}
+        complete = {**manifest, "schema": SCHEMA, "files": {path: vars(info) for path, info in files.items()}}
+        parse_manifest(complete)
+        progress("manifest", 0)
+        write_durably(folder / MANIFEST, dump_manifest(complete))
+    return load_bundle(folder)
