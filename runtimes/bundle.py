@@ -60,6 +60,9 @@ __all__ = [
     "write_manifest",
 ]
 
+FETCH = "Fetch or build the bundle again."
+GIVE = "Give the folder that exporters.build made."
+
 
 @dataclass(frozen=True)
 class Bundle(Manifest):
@@ -70,7 +73,7 @@ class Bundle(Manifest):
     def file(self, path: str) -> Path:
         """The absolute path of a file of the bundle, given as the manifest writes it."""
         if path not in self.files and path not in self.mutable:
-            raise BundleError(f"{self.folder}: {path!r} is not a file of this bundle; see its {MANIFEST}")
+            raise BundleError(f"{path!r} is not a file of this bundle", str(self.folder), f"See its {MANIFEST}.")
         return self.folder / path
 
     def artifact(
@@ -84,7 +87,7 @@ class Bundle(Manifest):
         if not found:
             asked = " ".join(f"{key}={value}" for key, value in given.items()) or "preferred"
             there = ", ".join(a.label for a in held) or "no artifact of that component"
-            raise BundleError(f"{self.folder}: no {asked} artifact for {component}; this bundle holds: {there}")
+            raise BundleError(f"no {asked} artifact for {component}", str(self.folder), f"The bundle holds: {there}.")
         return found[0]
 
     def verify(self, progress: Progress = quiet) -> None:
@@ -93,19 +96,15 @@ class Bundle(Manifest):
             found = scan(self.folder)
             for path in found:
                 if path not in self.files and path not in self.mutable and path != MANIFEST:
-                    raise BundleError(
-                        f"{self.folder / path}: is not in the manifest; remove it, or fetch the bundle again"
-                    )
+                    raise BundleError("is not in the manifest", str(self.folder / path), f"Remove it, or: {FETCH}")
             for path, expected in self.files.items():
                 if path not in found:
-                    raise BundleError(f"{self.folder / path}: is missing; fetch the bundle again")
+                    raise BundleError("is missing", str(self.folder / path), FETCH)
                 if found[path] != expected.size:
                     sizes = f"{found[path]} bytes instead of {expected.size}"
-                    raise BundleError(f"{self.folder / path}: has {sizes}; fetch the bundle again")
+                    raise BundleError(f"has {sizes}", str(self.folder / path), FETCH)
                 if hash_file(self.folder / path, progress) != expected:
-                    raise BundleError(
-                        f"{self.folder / path}: does not have the manifest's SHA-256; fetch the bundle again"
-                    )
+                    raise BundleError("does not have the manifest's SHA-256", str(self.folder / path), FETCH)
 
 
 def load_bundle(path: str | os.PathLike[str]) -> Bundle:
@@ -118,19 +117,17 @@ def load_bundle(path: str | os.PathLike[str]) -> Bundle:
     manifest = folder / MANIFEST
     if not folder.is_dir():
         state = "is not a folder (an archive is opened by runtimes.archive)" if folder.exists() else "does not exist"
-        raise BundleError(f"{folder}: {state}; give the folder that exporters.build made")
+        raise BundleError(state, str(folder), GIVE)
     if not manifest.exists() and not manifest.is_symlink():
-        raise BundleError(
-            f"{folder}: has no {MANIFEST}, so it is not a bundle; give the folder that exporters.build made"
-        )
+        raise BundleError(f"has no {MANIFEST}, so it is not a bundle", str(folder), GIVE)
     with storage_errors(manifest), open(open_plain(manifest), "rb") as file:
         data = file.read(MAX_MANIFEST_BYTES + 1)
     if len(data) > MAX_MANIFEST_BYTES:
-        raise BundleError(f"{manifest}: is larger than {MAX_MANIFEST_BYTES} bytes; fetch the bundle again")
+        raise BundleError(f"is larger than {MAX_MANIFEST_BYTES} bytes", str(manifest), FETCH)
     try:
         parsed = parse_manifest(load_json(data, MANIFEST))
     except BundleError as error:
-        raise type(error)(f"{folder}: {error}") from error
+        raise type(error)(error.what, f"{manifest}: {error.where}", error.way_out) from error
     return Bundle(**vars(parsed), folder=folder)
 
 

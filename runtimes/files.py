@@ -13,18 +13,19 @@ from pathlib import Path
 from runtimes.manifest import BundleError, FileInfo, UnsafeBundlePath
 
 CHUNK = 1 << 20
+PLAIN_ONLY = "A bundle holds plain files only: remove it, or fetch the bundle again."
 # Called with the name of a stage and the bytes it has just dealt with (0 at its start).
 Progress = Callable[[str, int], None]
 _WAYS_OUT = {
-    errno.ENOSPC: "free some space, or choose an output on another disk",
-    errno.EDQUOT: "the disk quota is used up; free some space, or choose another output",
-    errno.EFBIG: "the file-size limit is reached; raise it (ulimit -f), or choose another file system",
-    errno.EROFS: "the file system is read-only; choose an output elsewhere",
-    errno.EACCES: "permission is missing; choose a folder that you may write to",
-    errno.EPERM: "permission is missing; choose a folder that you may write to",
-    errno.EIO: "the disk reports a fault; check it, and choose an output on another one",
-    errno.ENAMETOOLONG: "the name is too long; choose a shorter output path",
-    errno.ENOTDIR: "a part of the path is not a folder; choose another output",
+    errno.ENOSPC: "Free some space, or choose an output on another disk.",
+    errno.EDQUOT: "The disk quota is used up; free some space, or choose another output.",
+    errno.EFBIG: "The file-size limit is reached; raise it (ulimit -f), or choose another file system.",
+    errno.EROFS: "The file system is read-only; choose an output elsewhere.",
+    errno.EACCES: "Permission is missing; choose a folder that you may write to.",
+    errno.EPERM: "Permission is missing; choose a folder that you may write to.",
+    errno.EIO: "The disk reports a fault; check it, and choose an output on another one.",
+    errno.ENAMETOOLONG: "The name is too long; choose a shorter output path.",
+    errno.ENOTDIR: "A part of the path is not a folder; choose another output.",
 }
 
 
@@ -38,7 +39,7 @@ def storage_error(error: OSError, path: Path) -> BundleError | None:
     if way_out is None:
         return None
     where = error.filename if isinstance(error.filename, str) else path
-    return BundleError(f"{where}: {os.strerror(error.errno or 0)}; {way_out}")
+    return BundleError(os.strerror(error.errno or 0), str(where), way_out)
 
 
 @contextmanager
@@ -48,9 +49,8 @@ def storage_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         where = error.filename if isinstance(error.filename, str) else path
-        raise storage_error(error, path) or BundleError(
-            f"{where}: {error.strerror or error}; check that path"
-        ) from error
+        fault = storage_error(error, path)
+        raise fault or BundleError(error.strerror or str(error), str(where), "Check that path.") from error
 
 
 def scan(folder: Path) -> dict[str, int]:
@@ -67,7 +67,7 @@ def scan(folder: Path) -> dict[str, int]:
                     found[path] = info.st_size
                 else:
                     kind = "a link" if stat.S_ISLNK(info.st_mode) else "not a plain file"
-                    raise UnsafeBundlePath(f"{folder / path}: is {kind}; a bundle holds plain files only, so remove it")
+                    raise UnsafeBundlePath(f"is {kind}", str(folder / path), PLAIN_ONLY)
 
     visit(folder, "")
     return dict(sorted(found.items()))
@@ -80,11 +80,11 @@ def open_plain(path: Path) -> int:
         descriptor = os.open(path, flags)
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise UnsafeBundlePath(f"{path}: is a link; a bundle holds plain files only, so remove it") from error
+            raise UnsafeBundlePath("is a link", str(path), PLAIN_ONLY) from error
         raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise UnsafeBundlePath(f"{path}: is not a plain file; a bundle holds plain files only, so remove it")
+        raise UnsafeBundlePath("is not a plain file", str(path), PLAIN_ONLY)
     return descriptor
 
 

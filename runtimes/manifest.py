@@ -15,7 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
+from runtimes.errors import Fault
+
 SCHEMA = 1
+AGAIN = "Make the bundle again with exporters.build."
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 32 << 20
 COMPONENTS = ("lm", "image_decoder", "image_encoder", "audio_decoder", "audio_encoder")
@@ -28,8 +31,8 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 _VERSION = re.compile(r"(\d{1,9})\.(\d{1,9})\.(\d{1,9})(?:-([0-9A-Za-z.-]{1,64}))?(?:\+[0-9A-Za-z.-]{1,64})?")
 
 
-class BundleError(Exception):
-    """A bundle, or the place it is to go to, is not usable. The text says what, where and the way out."""
+class BundleError(Fault):
+    """A bundle, or the place it is to go to, is not usable."""
 
 
 class UnsafeBundlePath(BundleError):
@@ -181,7 +184,7 @@ def parse_version(text: str) -> tuple[Any, ...]:
     """A key that orders semantic versions by https://semver.org number 11. Raises BundleError on any other text."""
     match = _VERSION.fullmatch(text)
     if match is None:
-        raise BundleError(f"version {text!r} is not a semantic version; write it as in 1.2.0 or 1.2.0-rc.1")
+        raise BundleError("is not a semantic version", f"version {text!r}", "Write it as in 1.2.0 or 1.2.0-rc.1.")
     major, minor, patch, pre = match.groups()
     parts = tuple((0, int(p), "") if p.isdigit() else (1, 0, p) for p in pre.split(".")) if pre else ()
     return int(major), int(minor), int(patch), pre is None, parts
@@ -192,5 +195,5 @@ def safe_path(path: str, where: str) -> str:
     parts = PurePosixPath(path).parts
     plain = bool(parts) and "/".join(parts) == path and not path.startswith("/")
     if not plain or ".." in parts or "\\" in path or ":" in parts[0] or any(ord(c) < 32 for c in path):
-        raise UnsafeBundlePath(f"{where}: {path!r} is not a plain path inside the bundle; make the bundle again")
+        raise UnsafeBundlePath(f"{path!r} is not a plain path inside the bundle", where, AGAIN)
     return path

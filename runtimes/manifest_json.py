@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from runtimes.manifest import (
+    AGAIN,
     COMPONENTS,
     DTYPES,
     MODES,
@@ -29,7 +30,7 @@ from runtimes.manifest import (
 )
 
 T = TypeVar("T")
-AGAIN = "make the bundle again with exporters.build"
+LICENSE_WAY_OUT = "State it in the package's package.json and build again."
 _NAMES = {
     int: "an integer",
     str: "a string",
@@ -41,25 +42,28 @@ _NAMES = {
 
 
 def _fail(where: str, what: str, way_out: str = AGAIN) -> BundleError:
-    return BundleError(f"{where}: {what}; {way_out}")
+    return BundleError(what, where, way_out)
 
 
-def _get(obj: Mapping[str, Any], key: str, kind: type[T], where: str, *, null: bool = False) -> T:
+def _get(obj: Mapping[str, Any], key: str, kind: type[T], where: str) -> T:
     """obj[key] of type `kind` (an int also passes as a float; a bool never passes as a number)."""
     if key not in obj:
         raise _fail(f"{where}{key}", "is missing")
     value = obj[key]
-    if value is None and null:
-        return value
     accepted = (int, float) if kind is float else kind
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
         raise _fail(f"{where}{key}", f"must be {_NAMES[kind]}, not {type(value).__name__}")
     return value  # type: ignore[return-value]
 
 
-def _count(obj: Mapping[str, Any], key: str, where: str, low: int = 0, *, null: bool = False) -> int:
-    value = _get(obj, key, int, where, null=null)
-    if value is not None and not low <= value < 1 << 62:
+def _optional(obj: Mapping[str, Any], key: str, kind: type[T], where: str) -> T | None:
+    """As `_get`, but null (the key itself must be there) gives None."""
+    return None if key in obj and obj[key] is None else _get(obj, key, kind, where)
+
+
+def _count(obj: Mapping[str, Any], key: str, where: str, low: int = 0) -> int:
+    value = _get(obj, key, int, where)
+    if not low <= value < 1 << 62:
         raise _fail(f"{where}{key}", f"{value} is out of range (at least {low})")
     return value
 
@@ -167,7 +171,7 @@ def _artifact(value: Any, where: str) -> Artifact:
         outputs=_list(obj, "outputs", where, _tensor),
         states=_list(obj, "states", where, _state),
         precision={key: _text(precision, key, f"{where}precision.") for key in precision},
-        bytes_per_token=_count(obj, "bytes_per_token", where, null=True) if "bytes_per_token" in obj else None,
+        bytes_per_token=_optional(obj, "bytes_per_token", int, where),
         operators={key: _count(operators, key, f"{where}operators.") for key in operators},
         preferred=_get(obj, "preferred", bool, where),
         raw=obj,
@@ -175,8 +179,8 @@ def _artifact(value: Any, where: str) -> Artifact:
 
 
 def _token(obj: Mapping[str, Any], key: str, where: str, vocab: int) -> int | None:
-    value = _count(obj, key, where, null=True)
-    if value is not None and value >= vocab:
+    value = _optional(obj, key, int, where)
+    if value is not None and not 0 <= value < vocab:
         raise _fail(f"{where}{key}", f"token {value} is outside the vocabulary of {vocab}")
     return value
 
@@ -229,9 +233,7 @@ def _files(obj: Mapping[str, Any]) -> dict[str, FileInfo]:
 
 def _student(obj: Mapping[str, Any]) -> StudentInfo:
     if not isinstance(obj.get("license"), str) or not obj["license"].strip():
-        raise _fail(
-            "student.license", "the licence is missing", "state it in the package's package.json and build again"
-        )
+        raise _fail("student.license", "the licence is missing", LICENSE_WAY_OUT)
     digest = _get(obj, "sha256", str, "student.")
     if not SHA256.fullmatch(digest):
         raise _fail("student.sha256", "is not a SHA-256 in lower-case hexadecimal")
@@ -243,8 +245,9 @@ def _student(obj: Mapping[str, Any]) -> StudentInfo:
 def _tolerance(value: Any, where: str) -> Tolerance:
     obj = _typed(dict)(value, where)
     where += "."
-    names = [_text(obj, key, where) for key in ("component", "gate", "metric")]
-    return Tolerance(*names, float(_get(obj, "limit", float, where)), _text(obj, "source", where))
+    component, gate, metric = (_text(obj, key, where) for key in ("component", "gate", "metric"))
+    limit = float(_get(obj, "limit", float, where))
+    return Tolerance(component, gate, metric, limit, _text(obj, "source", where))
 
 
 def _check_references(manifest: Manifest) -> None:
@@ -267,14 +270,14 @@ def parse_manifest(raw: Mapping[str, Any]) -> Manifest:
     """Checks every field of a parsed manifest.json. Raises BundleError naming the field."""
     schema = _get(raw, "schema", int, "")
     if schema != SCHEMA:
-        way_out = "update this runtime" if schema > SCHEMA else AGAIN
+        way_out = "Update this runtime." if schema > SCHEMA else AGAIN
         raise _fail("schema", f"version {schema} is not the version {SCHEMA} that this runtime reads", way_out)
     vocab = _count(raw, "vocab_size", "", 1)
     special = _get(raw, "special", dict, "")
     eos = _list(special, "eos", "special.", lambda value, at: _token({"": value}, "", at, vocab))
     licenses = tuple(_get(raw, "licenses", list, ""))
     if not licenses:
-        raise _fail("licenses", "no licence is listed", "state it in the package's package.json and build again")
+        raise _fail("licenses", "no licence is listed", LICENSE_WAY_OUT)
     golden, tools = _get(raw, "golden", dict, ""), _get(raw, "tools", dict, "")
     manifest = Manifest(
         build_key=_text(raw, "build_key", ""),
@@ -287,7 +290,7 @@ def parse_manifest(raw: Mapping[str, Any]) -> Manifest:
             tuple(token for token in eos if token is not None),
             _token(special, "pad", "special.", vocab),
         ),
-        tokenizer=_get(raw, "tokenizer", str, "", null=True),
+        tokenizer=_optional(raw, "tokenizer", str, ""),
         modalities=_modalities(_get(raw, "modalities", dict, ""), vocab),
         artifacts=_list(raw, "artifacts", "", _artifact),
         golden={key: _text(golden, key, "golden.") for key in golden},

@@ -56,8 +56,8 @@ def _locked(output: Path) -> Iterator[None]:
             os.close(descriptor)
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise
-            way_out = "wait until it ends, or choose another output"
-            raise BundleBusy(f"{output}: process {holder} is building there; {way_out}") from error
+            way_out = "Wait until it ends, or choose another output."
+            raise BundleBusy(f"process {holder} is building there", str(output), way_out) from error
         # The last holder removes the file; a lock on a file that is gone protects nothing, so take it again.
         if path.exists() and os.path.samestat(os.fstat(descriptor), os.stat(path)):
             break
@@ -149,15 +149,14 @@ def _check_target(output: Path, new: Path | None, allow_downgrade: bool) -> None
     if not output.exists():
         return
     if not output.is_dir() or (any(output.iterdir()) and not (output / MANIFEST).is_file()):
-        raise BundleError(
-            f"{output}: is there already and is not a bundle; choose another output, or remove it yourself"
-        )
+        way_out = "Choose another output, or remove it yourself."
+        raise BundleError("is there already and is not a bundle", str(output), way_out)
     before, after = _identity(output), _identity(new) if new else None
     if allow_downgrade or before is None or after is None or before[0] != after[0]:
         return
     if parse_version(after[1]) < parse_version(before[1]):
-        versions = f"it holds {before[0]} {before[1]}, newer than {after[1]}"
-        raise BundleError(f"{output}: {versions}; allow the downgrade (--allow-downgrade), or choose another output")
+        way_out = "Allow the downgrade (--allow-downgrade), or choose another output."
+        raise BundleError(f"holds {before[0]} {before[1]}, newer than {after[1]}", str(output), way_out)
 
 
 @contextmanager
@@ -184,9 +183,8 @@ def staged(
             progress("build", 0)
             yield folder
             if not (folder / MANIFEST).is_file():
-                raise BundleError(
-                    f"{output}: the builder wrote no {MANIFEST}; call write_manifest before the block ends"
-                )
+                way_out = "Call runtimes.bundle.write_manifest before the block ends."
+                raise BundleError(f"the builder wrote no {MANIFEST}", str(output), way_out)
             _check_target(target, folder, allow_downgrade)
             progress("sync", 0)
             sync_tree(folder, progress)
