@@ -235,7 +235,7 @@ class _InputCheck:
         shape = array.shape
         if len(shape) != len(self.shape):
             raise self._wrong(f"rank {len(shape)} (shape {list(shape)}), expected shape {list(self.shape)}")
-        for size, expected in zip(shape, self.shape):
+        for size, expected in zip(shape, self.shape, strict=True):
             wanted = symbols.setdefault(expected, size) if isinstance(expected, str) else expected
             if size != wanted:
                 raise self._wrong(f"shape {list(shape)}, expected {list(self.shape)}")
@@ -261,6 +261,23 @@ class _InputCheck:
 
     def _wrong(self, what: str, way_out: str = "") -> RuntimeInputError:
         return RuntimeInputError(what, self.where, way_out)
+
+
+def choose_artifact(
+    bundle: Bundle, component: str, backend: str | None = None, form: str | None = None, mode: str | None = None
+) -> Artifact:
+    """The preferred artifact of a component among those of the given backend, form and mode.
+
+    `backend` holds for every component; a form or mode that only the language model has (a fast mode) leaves the
+    other components with what they do have. Raises BundleError listing what the bundle holds.
+    """
+    held = [a for a in bundle.artifacts if a.component == component and backend in (None, a.backend)]
+    for name, wanted in (("form", form), ("mode", mode)):
+        matching = [a for a in held if wanted in (None, getattr(a, name))]
+        held = matching if matching or component == "lm" else held
+    if not held:
+        return bundle.artifact(component, backend, form, mode)  # raises, naming what there is
+    return max(held, key=lambda a: a.preferred)
 
 
 BACKENDS: dict[str, tuple[str, str]] = {

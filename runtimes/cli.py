@@ -1,0 +1,60 @@
+"""What the commands of the device side share: arguments, opening a bundle, and how an error ends a command."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from runtimes.bundle import Bundle, load_bundle
+from runtimes.errors import Fault
+
+
+def bundle_parser(name: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
+    """A parser with the arguments that every command has."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m runtimes.{name}",
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder that exporters.build made")
+    parser.add_argument(
+        "--backend", metavar="NAME", help="use the artifacts of this backend (default: the preferred ones)"
+    )
+    parser.add_argument("--mode", choices=("exact", "fast"), help="numeric mode (default: the preferred one)")
+    parser.add_argument("--threads", type=positive, metavar="N", help="threads (default: the backend's choice)")
+    return parser
+
+
+def positive(text: str) -> int:
+    """argparse type: an integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def open_bundle(path: Path) -> Bundle:
+    """Loads a bundle and checks every file against its hash, before any of them is read by a native library."""
+    bundle = load_bundle(path)
+    bundle.verify()
+    return bundle
+
+
+def exit_code(command: Callable[[], int]) -> int:
+    """Runs a command: an expected error becomes one line and exit status 2, an interrupt 130."""
+    try:
+        return command()
+    except Fault as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader went away (`| head`); closing stdout again at exit must not raise a second time.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141

@@ -1,0 +1,111 @@
+"""The next token from a row of logits: greedy, or sampled by temperature, top-k and top-p, within allowed tokens.
+
+Allowed tokens are one contiguous range (a modality, or one codebook of it) and a few single ids (end of sequence).
+What is outside can never come out. Greedy takes an argmax over a view, so a token costs no memory of the size of the
+vocabulary; sampling works in one scratch buffer that is made once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from runtimes.errors import Fault
+
+Array = np.ndarray[Any, Any]
+
+
+class SamplingError(Fault):
+    """Settings out of range, or logits from which no token can be taken."""
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """Token ids [first, end), and the single ids `also`."""
+
+    first: int
+    end: int
+    also: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """temperature 0 is greedy; top_k 0 and top_p 1 keep all. `seed` None draws one from the system."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature <= 1e3:
+            raise SamplingError(
+                f"{self.temperature} is not in 0..1000", "temperature", "0 is greedy, 1 is the model's own"
+            )
+        if self.top_k < 0:
+            raise SamplingError(f"{self.top_k} is negative", "top-k", "0 keeps all")
+        if not 0 < self.top_p <= 1:
+            raise SamplingError(f"{self.top_p} is not in (0, 1]", "top-p", "1 keeps all")
+        if self.seed is not None and self.seed < 0:
+            raise SamplingError(f"{self.seed} is negative", "seed", "Give 0 or more")
+
+
+GREEDY = Sampling()
+
+
+class Sampler:
+    """Draws tokens one after another; the same settings and logits give the same tokens."""
+
+    def __init__(self, settings: Sampling, vocab_size: int) -> None:
+        self.settings = settings
+        self._random = np.random.default_rng(settings.seed)
+        self._scratch = np.empty(vocab_size if settings.temperature else 0, np.float64)
+
+    def pick(self, logits: Array, allowed: Allowed) -> int:
+        """The next token. `logits` [V] of any float type. Raises SamplingError where they are not finite."""
+        token = self._draw(logits, allowed) if self.settings.temperature else self._best(logits, allowed)
+        # argmax returns the first NaN, and a NaN or +inf weight leaves no finite draw, so this one look is enough.
+        if token < 0 or not np.isfinite(logits[token]):
+            raise SamplingError("the logits hold NaN or infinity", f"tokens {allowed.first}..{allowed.end - 1}")
+        return token
+
+    def _best(self, logits: Array, allowed: Allowed) -> int:
+        token = allowed.first + int(logits[allowed.first : allowed.end].argmax())
+        for other in allowed.also:
+            # `not <=` lets a NaN win here as it does in argmax, so that `pick` refuses it.
+            if logits[token] == logits[token] and not logits[other] <= logits[token]:
+                token = other
+        return token
+
+    def _draw(self, logits: Array, allowed: Allowed) -> int:
+        size = allowed.end - allowed.first
+        weights = self._scratch[: size + len(allowed.also)]
+        weights[:size] = logits[allowed.first : allowed.end]
+        for i, other in enumerate(allowed.also, size):
+            weights[i] = logits[other]
+        top = weights.max()
+        if not np.isfinite(top):
+            return -1
+        weights -= top
+        weights /= self.settings.temperature
+        np.exp(weights, out=weights)
+        chosen = self._choose(weights)
+        return allowed.first + chosen if chosen < size else allowed.also[chosen - size]
+
+    def _choose(self, weights: Array) -> int:
+        """An index drawn in proportion to its weight: of the top_k largest, then of the fewest that hold top_p."""
+        settings = self.settings
+        keep = None
+        if 0 < settings.top_k < weights.size:
+            keep = np.argpartition(weights, -settings.top_k)[-settings.top_k :]
+        if settings.top_p < 1:
+            keep = np.arange(weights.size) if keep is None else keep
+            keep = keep[np.argsort(-weights[keep], kind="stable")]
+            total = np.cumsum(weights[keep])
+            keep = keep[: int(np.searchsorted(total, settings.top_p * total[-1])) + 1]
+        bounds = np.cumsum(weights if keep is None else weights[keep])
+        # "right" never lands on an index of weight 0, as random() < 1.
+        index = int(np.searchsorted(bounds, self._random.random() * bounds[-1], side="right"))
+        return index if keep is None else int(keep[index])
