@@ -1,0 +1,1 @@
+"""Host side: a delivery package in, verified device artifacts out; needs torch."""

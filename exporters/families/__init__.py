@@ -1,0 +1,1 @@
+"""Model families: thin wrappers that make the libraries' own modules exportable."""

@@ -1,0 +1,131 @@
+"""Drop-in modules that carry fused ops into a transformers model: same call, same result, other kernel."""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from exporters import ops
+from exporters.blocks import BlockLayout
+
+
+class Shared:
+    """Refers to a module without registering it, so that a weight has exactly one name in the graph."""
+
+    def __init__(self, module: nn.Module):
+        self._module = module
+
+    def __call__(self) -> nn.Module:
+        return self._module
+
+
+class QuantizedWeight(nn.Module):
+    """Buffers of one block-quantised matrix, in the layout of ``edge::quantized_linear``.
+
+    Args:
+        rows, columns: N and K.
+        layout: bits per code, columns per block, whether zero points are stored.
+    """
+
+    def __init__(self, rows: int, columns: int, layout: BlockLayout):
+        super().__init__()
+        blocks = -(-columns // layout.block)
+        self.bits, self.columns = layout.bits, columns
+        empty = lambda *shape: torch.empty(*shape, dtype=torch.uint8)
+        self.register_buffer("codes", empty(rows, blocks, layout.block * layout.bits // 8))
+        self.register_buffer("scales", torch.empty(rows, blocks))
+        self.register_buffer("zeros", empty(rows, -(-blocks * layout.bits // 8)) if layout.zero_points else None)
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """``x @ W.T + bias``."""
+        return ops.quantized_linear(x, self.codes, self.scales, self.zeros, bias, self.bits, self.columns)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Dequantised rows."""
+        return ops.quantized_embedding(ids, self.codes, self.scales, self.zeros, self.bits, self.columns)
+
+
+class FloatWeight(nn.Module):
+    """A float matrix behind the same two calls."""
+
+    def __init__(self, rows: int, columns: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, columns), requires_grad=False)
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """``x @ W.T + bias``."""
+        return F.linear(x, self.weight, bias)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of the table."""
+        return F.embedding(ids, self.weight)
+
+
+class FusedLinear(nn.Module):
+    """A linear layer over a QuantizedWeight or FloatWeight."""
+
+    def __init__(self, matrix: nn.Module, bias: nn.Parameter | None):
+        super().__init__()
+        self.matrix, self.bias = matrix, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.matrix.linear(x, self.bias)
+
+
+class LinearSlice(nn.Module):
+    """Columns ``start:stop`` of a joined projection.
+
+    Each slice calls the whole projection; common-subexpression elimination then leaves one call in the graph.
+    """
+
+    def __init__(self, joined: FusedLinear, start: int, stop: int):
+        super().__init__()
+        self._joined, self._start, self._stop = Shared(joined), start, stop
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._joined()(x)[..., self._start:self._stop]
+
+
+class TiedHead(nn.Module):
+    """The language-model head that multiplies with the embedding's own table."""
+
+    def __init__(self, matrix: nn.Module):
+        super().__init__()
+        self._matrix = Shared(matrix)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._matrix().linear(x, None)
+
+
+class FusedEmbedding(nn.Module):
+    """Token embedding over a QuantizedWeight or FloatWeight."""
+
+    def __init__(self, matrix: nn.Module):
+        super().__init__()
+        self.matrix = matrix
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.matrix.rows(ids)
+
+
+class FusedRMSNorm(nn.Module):
+    """RMSNorm through ``edge::rms_norm``."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.empty(size), requires_grad=False), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.weight, self.eps)
+
+
+class RopeTable(nn.Module):
+    """Rotary embedding by table, [C, D/2]: whatever scaling the family has is already in the numbers."""
+
+    def __init__(self, capacity: int, half: int):
+        super().__init__()
+        self.register_buffer("cos", torch.empty(capacity, half))
+        self.register_buffer("sin", torch.empty(capacity, half))
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.rope_angles(self.cos, self.sin, position_ids)

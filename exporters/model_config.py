@@ -1,0 +1,152 @@
+"""config.json of the decoder: checked, then turned into the shapes that transformers' own model of it has.
+
+The model is built on the meta device, so nothing but shapes is ever allocated.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from exporters.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+# Upper bounds: far above any edge student, low enough that building on meta stays cheap.
+_DIMENSIONS = {
+    "hidden_size": 1 << 20, "intermediate_size": 1 << 24, "num_hidden_layers": 512, "num_attention_heads": 4096,
+    "num_key_value_heads": 4096, "head_dim": 1 << 16, "vocab_size": 1 << 24, "max_position_embeddings": 1 << 30,
+}  # fmt: skip
+_REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+_NOT_FOR_US = ("student_version", "quantization_config", "transformers_version", "architectures")
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """What transformers' model of a config consists of.
+
+    parameters: name -> shape of every parameter and persistent buffer.
+    modules: name -> class names, most derived first, of every Linear and Embedding.
+    tied: name -> the name whose storage it shares (the output head of a tied model).
+    """
+
+    parameters: Mapping[str, tuple[int, ...]]
+    modules: Mapping[str, tuple[str, ...]]
+    tied: Mapping[str, str]
+
+
+def _refuse_remote_code(value: Any, path: str, where: str) -> None:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if key in ("auto_map", "trust_remote_code", "custom_pipelines", "custom_generate"):
+                raise ConfigError(
+                    f"{path}{key} asks to run code that came with the checkpoint",
+                    where=where,
+                    way_out="Only model classes of the installed transformers are used; remove the key",
+                )
+            if key in ("attn_implementation", "_attn_implementation") and item not in (None, "eager", "sdpa"):
+                raise ConfigError(f"{path}{key} is {item!r:.80}", where=where, way_out="Remove the key")
+            _refuse_remote_code(item, f"{path}{key}.", where)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            _refuse_remote_code(item, f"{path}{index}.", where)
+
+
+def _check_dimensions(config: Mapping[str, Any], where: str) -> None:
+    for key in _REQUIRED:
+        if config.get(key) is None:
+            raise ConfigError(f"{key} is missing", where=where, way_out="Add it: a default would be a guess")
+    for key, most in _DIMENSIONS.items():
+        value = config.get(key)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
+            raise ConfigError(f"{key} is {value!r:.80}", where=where, way_out=f"Give a whole number from 1 to {most}")
+    heads, groups = config["num_attention_heads"], config.get("num_key_value_heads")
+    if config.get("head_dim") is None and config["hidden_size"] % heads:
+        raise ConfigError(
+            f"num_attention_heads {heads} does not divide hidden_size {config['hidden_size']}",
+            where=where,
+            way_out="Correct one of them, or state head_dim",
+        )
+    if groups is not None and heads % groups:
+        raise ConfigError(
+            f"num_key_value_heads {groups} does not divide num_attention_heads {heads}",
+            where=where,
+            way_out="Correct one of them",
+        )
+    if config.get("head_dim", 2) is not None and config.get("head_dim", 2) % 2:
+        raise ConfigError(f"head_dim {config['head_dim']} is odd", where=where, way_out="RoPE needs pairs")
+    for key in ("rms_norm_eps", "layer_norm_eps", "rope_theta"):
+        value = config.get(key)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value or not math.isfinite(value):
+            raise ConfigError(f"{key} is {value!r:.80}", where=where, way_out="Give a positive number")
+
+
+def check_model_config(config: Mapping[str, Any], where: str = "config.json") -> None:
+    """Refuse remote code, an unknown model_type, and dimensions that cannot be built."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    _refuse_remote_code(config, "", where)
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        near = difflib.get_close_matches(str(kind)[:100], MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, n=3, cutoff=0.4)
+        raise ConfigError(
+            f"unknown model_type {kind!r:.100}",
+            where=where,
+            way_out=f"The nearest decoders of transformers: {', '.join(near) or 'none'}",
+        )
+    _check_dimensions(config, where)
+
+
+def library_config(config: Mapping[str, Any], where: str = "config.json") -> PreTrainedConfig:
+    """The transformers config object of a checked config, without quantisation (the weights are given, not made)."""
+    from transformers import AutoConfig
+
+    plain = {key: value for key, value in config.items() if key not in _NOT_FOR_US}
+    kind = plain.pop("model_type")
+    try:
+        return AutoConfig.for_model(kind, attn_implementation="eager", **plain)
+    except Exception as error:  # transformers raises many types here, all about the config's content
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"transformers refuses it: {reason}", where=where, way_out="Correct the field") from error
+
+
+def skeleton(config: Mapping[str, Any], where: str = "config.json") -> Skeleton:
+    """Parameters, modules and ties of the model that transformers builds from `config`, on the meta device."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    loaded = library_config(config, where)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(loaded, trust_remote_code=False)
+    except Exception as error:  # as above: whatever a model class raises on bad dimensions
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"transformers cannot build it: {reason}", where=where, way_out="Correct it") from error
+    model.tie_weights()
+    canonical: dict[int, str] = {}
+    tied, parameters = {}, {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        first = canonical.setdefault(id(parameter), name)
+        if first == name:
+            parameters[name] = tuple(parameter.shape)
+        else:
+            tied[name] = first
+    persistent = set(model.state_dict())
+    for name, buffer in model.named_buffers():
+        if name in persistent:
+            parameters[name] = tuple(buffer.shape)
+    kinds = (torch.nn.Linear, torch.nn.Embedding)
+    modules = {
+        name: tuple(base.__name__ for base in type(module).__mro__ if issubclass(base, torch.nn.Module))
+        for name, module in model.named_modules()
+        if isinstance(module, kinds)
+    }
+    return Skeleton(parameters, modules, tied)

@@ -1,0 +1,13 @@
+"""The fused ops, one file each; importing this package registers them all in ``torch.ops.edge``."""
+from exporters.ops._registry import NAMESPACE, REGISTRY, FusedOp
+from exporters.ops.codebook_lookup import codebook_lookup
+from exporters.ops.kv_attention import kv_attention, rope_angles
+from exporters.ops.quantized_linear import quantized_embedding, quantized_linear
+from exporters.ops.rms_norm import add_rms_norm, rms_norm
+from exporters.ops.snake import snake
+from exporters.ops.swiglu import swiglu
+
+__all__ = [
+    "NAMESPACE", "REGISTRY", "FusedOp", "add_rms_norm", "codebook_lookup", "kv_attention", "quantized_embedding",
+    "quantized_linear", "rms_norm", "rope_angles", "snake", "swiglu",
+]

@@ -1,0 +1,140 @@
+"""Causal grouped-query attention over a fixed-capacity KV cache, with RoPE and the cache write inside.
+
+The cache is [B, KV, C, D]; slot i holds the key of position i. The functional form (cache in, cache out) lets
+every backend bind both to one buffer and write in place.
+"""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import torch.onnx.ops as onnx_ops
+from torch import Tensor
+
+from exporters.ops._registry import fused_op
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE in the half-split form (Su et al., 2021): x [B, S, H, D], cos and sin [B, S, D/2]."""
+    first, second = x.chunk(2, -1)
+    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+@fused_op({})
+def rope_angles(cos: Tensor, sin: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin [B, S, D] at ``positions`` [B, S], from tables [C, D/2]; both halves are the same."""
+    cos, sin = cos[positions], sin[positions]
+    return torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
+
+
+def query_positions(last: Tensor, steps: int) -> Tensor:
+    """Positions [B, S] of the S tokens whose newest is at ``last`` [B]."""
+    return last.unsqueeze(-1) - (steps - 1) + torch.arange(steps, dtype=torch.int32, device=last.device)
+
+
+def _split(query, key, value, heads, kv_heads):
+    if key is not None:
+        return query, key, value
+    width = query.shape[-1] // (heads + 2 * kv_heads)
+    return query.split([heads * width, kv_heads * width, kv_heads * width], -1)
+
+
+def _lower_group_query_attention(query, key, value, past_key, past_value, last, cos, sin, heads, kv_heads, scale,
+                                 window, softcap):
+    batch, steps = query.shape[:2]
+    attributes = dict(num_heads=heads, kv_num_heads=kv_heads, scale=scale, do_rotary=int(cos is not None))
+    if window > 0:
+        attributes["local_window_size"] = window
+    if softcap > 0:
+        attributes["softcap"] = softcap
+    total = (last + 1).squeeze(0)
+    out, new_key, new_value = onnx_ops.symbolic_multi_out(
+        "com.microsoft::GroupQueryAttention",
+        [query, key, value, past_key, past_value, last, total, cos, sin], attributes,
+        dtypes=[query.dtype] * 3, shapes=[(batch, steps, heads * past_key.shape[3]), past_key.shape, past_value.shape],
+        version=1,
+    )
+    return out, new_key, new_value
+
+
+def _lower_standard(query, key, value, past_key, past_value, last, cos, sin, heads, kv_heads, scale, window, softcap):
+    """RotaryEmbedding-23, TensorScatter-24 for the cache write and Attention-24 with a boolean mask."""
+    query, key, value = _split(query, key, value, heads, kv_heads)
+    batch, steps = query.shape[:2]
+    capacity, width = past_key.shape[2:]
+    positions = query_positions(last, steps)
+    if cos is not None:
+        at = positions.long()
+        query, key = (
+            onnx_ops.symbolic("::RotaryEmbedding", [t, cos, sin, at], dict(num_heads=n), dtype=t.dtype, shape=t.shape,
+                              version=23)
+            for t, n in ((query, heads), (key, kv_heads))
+        )
+    start = (last - (steps - 1)).long()
+    caches = []
+    for cache, new in ((past_key, key), (past_value, value)):
+        rows = new.reshape(batch, steps, kv_heads, width).transpose(1, 2)
+        caches.append(onnx_ops.symbolic("::TensorScatter", [cache, rows, start], dict(axis=2, mode="linear"),
+                                        dtype=cache.dtype, shape=cache.shape, version=24))
+    mask = visible(positions, capacity, window)
+    attributes = dict(q_num_heads=heads, kv_num_heads=kv_heads, scale=scale)
+    if softcap > 0:
+        attributes["softcap"] = softcap
+    rows = query.reshape(batch, steps, heads, width).transpose(1, 2)
+    attributes = {k: v for k, v in attributes.items() if not k.endswith("_num_heads")}
+    out = onnx_ops.symbolic("::Attention", [rows, *caches, mask], attributes, dtype=query.dtype,
+                            shape=(batch, heads, steps, width), version=24)
+    return out.transpose(1, 2).reshape(batch, steps, heads * width), *caches
+
+
+def visible(positions: Tensor, capacity: int, window: int) -> Tensor:
+    """Boolean mask [B, 1, S, C]: which slots the queries at ``positions`` [B, S] may attend to."""
+    slots = torch.arange(capacity, dtype=positions.dtype, device=positions.device)
+    at = positions.unsqueeze(-1)
+    mask = slots <= at
+    if window > 0:
+        mask = mask & (slots > at - window)
+    return mask.unsqueeze(1)
+
+
+@fused_op({"onnx/fused": _lower_group_query_attention, "onnx/standard": _lower_standard})
+def kv_attention(query: Tensor, key: Tensor | None, value: Tensor | None, past_key: Tensor, past_value: Tensor,
+                 last: Tensor, cos: Tensor | None, sin: Tensor | None, heads: int, kv_heads: int, scale: float,
+                 window: int, softcap: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Writes S new keys and values into the cache and attends over all that is written.
+
+    Args:
+        query: [B, S, heads*D]; with key and value None the packed [B, S, (heads+2*kv_heads)*D] q, k, v rows.
+        key, value: [B, S, kv_heads*D] or None.
+        past_key, past_value: [B, kv_heads, C, D]; slots from the first new position on may hold anything.
+        last: int32 [B], the position of the newest token; the S tokens end there.
+        cos, sin: RoPE tables [C, D/2] applied to query and key here, or None where it is done before.
+        window: how many newest positions a query sees (sliding window), 0 for all.
+        softcap: scores become ``softcap * tanh(scores / softcap)``, 0 for none.
+
+    Returns:
+        (output [B, S, heads*D], present key, present value), the last two shaped like the past.
+    """
+    query, key, value = _split(query, key, value, heads, kv_heads)
+    batch, steps = query.shape[:2]
+    capacity, width = past_key.shape[2:]
+    positions = query_positions(last, steps)
+    query = query.reshape(batch, steps, heads, width)
+    key = key.reshape(batch, steps, kv_heads, width)
+    value = value.reshape(batch, steps, kv_heads, width)
+    if cos is not None:
+        query, key = (rotate(t, cos[positions], sin[positions]) for t in (query, key))
+    slots = positions.long()[:, None, :, None]
+    index = slots.expand(batch, kv_heads, steps, width)
+    keys = past_key.scatter(2, index, key.transpose(1, 2))
+    values = past_value.scatter(2, index, value.transpose(1, 2))
+    mask = visible(positions, capacity, window)
+    # Slots never written may hold NaN, and 0 * NaN is NaN: clear what no query can see.
+    seen = mask.any(2).unsqueeze(-1)
+    k = torch.where(seen, keys, 0).repeat_interleave(heads // kv_heads, 1)
+    v = torch.where(seen, values, 0).repeat_interleave(heads // kv_heads, 1)
+    scores = query.transpose(1, 2) @ k.transpose(2, 3) * scale
+    if softcap > 0:
+        scores = softcap * torch.tanh(scores / softcap)
+    weights = F.softmax(scores.masked_fill(~mask, float("-inf")), -1, dtype=torch.float32).to(query.dtype)
+    return (weights @ v).transpose(1, 2).reshape(batch, steps, heads * width), keys, values

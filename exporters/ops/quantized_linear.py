@@ -1,0 +1,81 @@
+"""Matrix product and embedding lookup on block-quantised weights, in the layout of MatMulNBits.
+
+Codes are unsigned, packed along K with the low bits first: [N, K/G, G*bits/8] uint8; scales are [N, K/G];
+zero points are packed the same way along the blocks, [N, ceil(K/G*bits/8)] uint8, or absent, which means
+2^(bits-1). Source of the layout: com.microsoft.MatMulNBits in ONNX Runtime's ContribOperators.md.
+"""
+from __future__ import annotations
+
+import torch
+import torch.onnx.ops as onnx_ops
+from torch import Tensor
+
+from exporters.ops._registry import fused_op
+
+
+def unpack(packed: Tensor, bits: int) -> Tensor:
+    """Unpacks uint8 [..., P] into uint8 [..., P*8/bits], low bits first (bits: 2, 4 or 8)."""
+    if bits == 8:
+        return packed
+    parts = [(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
+    return torch.stack(parts, -1).flatten(-2)
+
+
+def _dequantize(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, columns: int) -> Tensor:
+    """float32 weights [N, K] of packed rows: (code - zero point) * scale."""
+    rows, blocks = codes.shape[0], codes.shape[1]
+    values = unpack(codes, bits).float()
+    if zeros is None:
+        centred = values - 2 ** (bits - 1)
+    else:
+        centred = values - unpack(zeros, bits)[:, :blocks].unsqueeze(-1).float()
+    return (centred * scales.unsqueeze(-1)).reshape(rows, -1)[:, :columns]
+
+
+def _lower_matmul_nbits(x, codes, scales, zeros, bias, bits, columns):
+    block = codes.shape[2] * 8 // bits
+    return onnx_ops.symbolic(
+        "com.microsoft::MatMulNBits", [x, codes, scales, zeros, None, bias],
+        dict(K=columns, N=codes.shape[0], bits=bits, block_size=block, accuracy_level=1),
+        dtype=x.dtype, shape=(*x.shape[:-1], codes.shape[0]), version=1,
+    )
+
+
+@fused_op({"onnx/fused": _lower_matmul_nbits})
+def quantized_linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None,
+                     bits: int, columns: int) -> Tensor:
+    """``x @ W.T + bias`` with x [..., K], W [N, K] dequantised from its codes; returns [..., N].
+
+    Args:
+        columns: K; the last block may reach past it, and what it holds there is ignored.
+    """
+    y = x @ _dequantize(codes, scales, zeros, bits, columns).to(x.dtype).t()
+    return y if bias is None else y + bias
+
+
+def _gather(table: Tensor, ids: Tensor) -> Tensor:
+    return onnx_ops.symbolic("::Gather", [table, ids], dict(axis=0), dtype=table.dtype,
+                             shape=(*ids.shape, *table.shape[1:]), version=13)
+
+
+def _lower_embedding(ids, codes, scales, zeros, bits, columns):
+    # Indexing with a tensor would become a GatherND that transposes the whole table first.
+    rows, blocks = _gather(codes, ids), scales.shape[1]
+    values = unpack(rows, bits).to(torch.float32)
+    if zeros is None:
+        centred = values - float(2 ** (bits - 1))
+    else:
+        centred = values - unpack(_gather(zeros, ids), bits)[..., :blocks].unsqueeze(-1).to(torch.float32)
+    return (centred * _gather(scales, ids).unsqueeze(-1)).flatten(2)[..., :columns]
+
+
+@fused_op({"onnx/fused": _lower_embedding, "onnx/standard": _lower_embedding})
+def quantized_embedding(ids: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int,
+                        columns: int) -> Tensor:
+    """Rows ``ids`` [B, S] of the dequantised table [V, K]; returns float32 [B, S, K].
+
+    Only the rows asked for are dequantised, from the very tensors that the tied head multiplies with.
+    """
+    flat = ids.reshape(-1)
+    rows = _dequantize(codes[flat], scales[flat], None if zeros is None else zeros[flat], bits, columns)
+    return rows.reshape(*ids.shape, columns)

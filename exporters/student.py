@@ -1,0 +1,213 @@
+"""Student: a validated delivery package (or plain transformers folder), with its weights mapped, never re-quantised."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from exporters.checkpoint import Checkpoint, open_checkpoint
+from exporters.discretizer import load_discretizer
+from exporters.errors import PackageError, TokenizerError, WeightsError
+from exporters.model_config import Skeleton, check_model_config, library_config, skeleton
+from exporters.package import MANIFEST, Modality, Package, validate
+from exporters.quantization_config import module_schemes
+from exporters.quantized import FORMATS, QuantizedTensor, WeightScheme
+from exporters.safe_files import FileEntry, hash_file
+from exporters.safetensors_header import FLOATS, TensorInfo
+from exporters.tokenizer_files import Vocabulary, read_vocabulary, special_ids
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig
+
+__all__ = ["Modality", "Student", "TensorInfo", "load_student"]
+
+
+class QuantizedTensors(Mapping[str, QuantizedTensor]):
+    """Module name -> QuantizedTensor, decoded on access; nothing is kept, so keep what is used twice."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, schemes: Mapping[str, WeightScheme], shapes: Mapping[str, tuple[int, int]]
+    ) -> None:
+        self._checkpoint, self._shapes = checkpoint, shapes
+        self.schemes = schemes
+
+    def __getitem__(self, module: str) -> QuantizedTensor:
+        scheme = self.schemes[module]
+        return FORMATS[scheme.format].decode(self._checkpoint.tensor, module, scheme, self._shapes[module])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.schemes)
+
+    def __len__(self) -> int:
+        return len(self.schemes)
+
+
+@dataclass(frozen=True, eq=False)
+class Student:
+    """What the export starts from.
+
+    Attributes:
+        sha256: the hash of the package as a whole (of the files read, for a plain folder).
+        config: config.json, parsed.
+        modalities: by name; `begin`/`end_token` are token texts, `begin_id`/`end_id` their ids.
+        tensors: the float tensors by name; read one with `tensor(name)`.
+        quantized: the quantised weights by module name, decoded on access.
+        tied: parameter name -> the parameter whose weight it shares ("lm_head.weight" of a tied model).
+        special: {"bos": id or None, "eos": [ids], "pad": id or None}.
+    """
+
+    folder: Path
+    name: str
+    version: str
+    license: str
+    sha256: str
+    config: dict[str, Any]
+    modalities: Mapping[str, Modality]
+    tensors: Mapping[str, TensorInfo]
+    quantized: Mapping[str, QuantizedTensor]
+    tied: Mapping[str, str]
+    tokenizer: Path | None
+    special: dict[str, Any]
+    files: Mapping[str, FileEntry] = field(repr=False)
+    checkpoint: Checkpoint = field(repr=False)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A float tensor in its stored dtype, memory-mapped; KeyError for a name not in `tensors`."""
+        return self.checkpoint.tensor(self.tensors[name].name)
+
+    def library_config(self) -> PreTrainedConfig:
+        """A fresh transformers config object of the decoder, without quantization_config."""
+        return library_config(self.config)
+
+    def discretizer(self, modality: str) -> torch.nn.Module:
+        """The diffusers VQModel or transformers DacModel of a modality: float32, eval mode, loaded strictly.
+
+        Raises PackageError for a modality without discretizer, WeightsError or ConfigError for a damaged one.
+        """
+        entry = self.modalities.get(modality)
+        if entry is None or entry.discretizer is None:
+            having = ", ".join(name for name, item in self.modalities.items() if item.discretizer) or "none"
+            raise PackageError(f"no discretizer for {modality!r}", where=str(self.folder), way_out=f"Having: {having}")
+        return load_discretizer(entry.discretizer)
+
+    def verify_unchanged(self) -> None:
+        """Hash every file again; raises PackageError naming one that changed since `load_student`."""
+        for name, before in self.files.items():
+            if hash_file(self.folder / name) != before:
+                raise PackageError(
+                    "changed while it was being read", where=name, way_out="Build again when nothing writes to it"
+                )
+
+
+def _match_tensors(
+    expected: Skeleton, schemes: Mapping[str, WeightScheme], checkpoint: Checkpoint
+) -> tuple[dict[str, TensorInfo], dict[str, tuple[int, int]]]:
+    """Every tensor of the model is there with its shape, and no other; returns (float tensors, quantised shapes)."""
+    unseen = dict(checkpoint.tensors)
+    floats: dict[str, TensorInfo] = {}
+    shapes: dict[str, tuple[int, int]] = {}
+
+    def take(name: str, dtypes: frozenset[str], allowed: tuple[tuple[int, ...], ...]) -> TensorInfo:
+        info = unseen.pop(name, None)
+        if info is None:
+            raise WeightsError(f"the tensor {name!r} is missing", where="weights", way_out="Export the checkpoint again")
+        if info.shape not in allowed or info.dtype not in dtypes:
+            raise WeightsError(
+                f"is {info.dtype} {list(info.shape)}; config.json asks for {'/'.join(sorted(dtypes))}"
+                f" {' or '.join(str(list(shape)) for shape in allowed)}",
+                where=f"{info.file.name}: {name}",
+                way_out="Take config.json and the weights from one checkpoint",
+            )
+        return info
+
+    for name, shape in expected.parameters.items():
+        module, _, kind = name.rpartition(".")
+        if kind == "weight" and module in schemes:
+            shapes[module] = (shape[0], shape[1])
+            scheme = schemes[module]
+            for part, (dtypes, allowed) in FORMATS[scheme.format].layout(scheme, shapes[module]).items():
+                take(f"{module}.{part}", dtypes, allowed)
+        else:
+            floats[name] = take(name, FLOATS, (shape,))
+    for name, source in expected.tied.items():
+        # Some writers store the tied head a second time; it is the same weight, so it is checked and left out.
+        if name in unseen:
+            _check_tied(checkpoint, take(name, FLOATS, (expected.parameters[source],)), source)
+    if unseen:
+        some = ", ".join(sorted(unseen)[:5])
+        raise WeightsError(
+            f"{len(unseen)} tensors that the model of config.json does not have: {some}",
+            where="weights",
+            way_out="Remove them, or correct config.json",
+        )
+    return floats, shapes
+
+
+def _check_tied(checkpoint: Checkpoint, info: TensorInfo, source: str) -> None:
+    if source not in checkpoint.tensors or not checkpoint.tensor(info.name).equal(checkpoint.tensor(source)):
+        raise WeightsError(
+            f"differs from {source}, to which config.json ties it",
+            where=f"{info.file.name}: {info.name}",
+            way_out="Set tie_word_embeddings to false, or drop the tensor",
+        )
+
+
+def _with_ids(modalities: Mapping[str, Modality], vocabulary: Vocabulary | None) -> dict[str, Modality]:
+    result = {}
+    for name, entry in modalities.items():
+        ids = []
+        for token in (entry.begin, entry.end_token):
+            if token is not None and (vocabulary is None or token not in vocabulary.every):
+                raise TokenizerError(
+                    f"the token {token!r} that wraps {name} is not in tokenizer.json",
+                    where=f"{MANIFEST}: modalities.{name}",
+                    way_out="Add it as a special token",
+                )
+            ids.append(None if token is None or vocabulary is None else vocabulary.every[token])
+        result[name] = dataclasses.replace(entry, begin_id=ids[0], end_id=ids[1])
+    return result
+
+
+def load_student(folder: str | Path) -> Student:
+    """Validate a package whole and open it.
+
+    Each file is hashed once; weights are read once for the check against NaN and bad scales, in bounded memory, and
+    stay on disk. Raises PackageError or a subclass that names the file or field.
+    """
+    package: Package = validate(folder)
+    check_model_config(package.config)
+    path = package.path(package.tokenizer_prefix + "tokenizer.json")
+    vocabulary = read_vocabulary(path) if path else None
+    modalities = _with_ids(package.modalities, vocabulary)
+    checkpoint = open_checkpoint(package.folder, package.files)
+    expected = skeleton(package.config)
+    stored = package.config.get("quantization_config")
+    schemes = {} if stored is None else module_schemes(stored, expected.modules)
+    # A tied head carries no weight of its own, whatever the scheme's targets match.
+    schemes = {name: scheme for name, scheme in schemes.items() if f"{name}.weight" not in expected.tied}
+    tensors, shapes = _match_tensors(expected, schemes, checkpoint)
+    checkpoint.check_finite(tensors)
+    quantized = QuantizedTensors(checkpoint, schemes, shapes)
+    for module in quantized:
+        quantized[module]
+    return Student(
+        folder=package.folder,
+        name=package.name,
+        version=package.version,
+        license=package.license,
+        sha256=package.sha256,
+        config=dict(package.config),
+        modalities=MappingProxyType(modalities),
+        tensors=MappingProxyType(tensors),
+        quantized=quantized,
+        tied=MappingProxyType(dict(expected.tied)),
+        tokenizer=path,
+        special=special_ids(package, vocabulary),
+        files=package.files,
+        checkpoint=checkpoint,
+    )

@@ -1,0 +1,35 @@
+"""Fixtures that every part of the tests shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+MakeStudent = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def make_tiny_student(tmp_path_factory: pytest.TempPathFactory) -> MakeStudent:
+    """`make_tiny_student(variant="int4", model_type="llama", **options) -> Path`, written once per set of options.
+
+    Shared by all tests of a run: copy the folder before changing anything in it.
+    """
+    from tools.tiny_student import write_tiny_student
+
+    made: dict[tuple[tuple[str, object], ...], Path] = {}
+
+    def make(**options: object) -> Path:
+        key = tuple(sorted(options.items()))
+        if key not in made:
+            made[key] = write_tiny_student(tmp_path_factory.mktemp("student") / "tiny", **options)  # type: ignore[arg-type]
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_student(make_tiny_student: MakeStudent) -> Path:
+    """The int4 llama package; read only."""
+    return make_tiny_student()
