@@ -1,0 +1,134 @@
+"""The machine that a measurement ran on: what it is, and whether a figure from it may be used.
+
+Everything is read from the system, and is null where the system does not tell.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+_CPU = Path("/sys/devices/system/cpu")
+# Bits 0-3 of the value are what is throttled now (Raspberry Pi firmware).
+_PI_THROTTLED = Path("/sys/devices/platform/soc/soc:firmware/get_throttled")
+PACKAGES = ("numpy", "onnxruntime", "openvino", "apache-tvm", "tensorrt_rtx", "torch", "tokenizers", "edge-export")
+
+
+def read_text(path: Path) -> str | None:
+    """A small system file's text, None where it is not there or not readable."""
+    try:
+        return path.read_text(errors="replace").strip("\0\n ")
+    except OSError:
+        return None
+
+
+def cpu_model() -> str:
+    """The processor's name as the system gives it."""
+    for line in (read_text(Path("/proc/cpuinfo")) or "").splitlines():
+        if line.lower().startswith(("model name", "hardware")):
+            return line.split(":", 1)[1].strip()
+    board = read_text(Path("/proc/device-tree/model"))
+    return board or platform.processor() or platform.machine()
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def last_level_cache_bytes() -> int | None:
+    """Size of the largest cache of core 0."""
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    sizes = [read_text(path) for path in _CPU.glob("cpu0/cache/index*/size")]
+    found = [int(size[:-1]) * units[size[-1]] for size in sizes if size and size[-1] in units and size[:-1].isdigit()]
+    return max(found, default=None)
+
+
+def memory_bytes() -> int | None:
+    """Memory of the machine, None where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, AttributeError):
+        return None
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that this process has held.
+
+    Linux: VmHWM of /proc, for ru_maxrss of a fresh process begins at what its parent held.
+    """
+    for line in (read_text(Path("/proc/self/status")) or "").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) << 10
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak << 10
+
+
+def rss_bytes() -> int | None:
+    """The memory that this process holds now; None where the system does not tell."""
+    text = read_text(Path("/proc/self/statm"))
+    return int(text.split()[1]) * os.sysconf("SC_PAGE_SIZE") if text else None
+
+
+def environment() -> dict[str, Any]:
+    """What a result was made on: processor, system, clocks and versions."""
+    frequency = read_text(_CPU / "cpu0/cpufreq/scaling_max_freq")
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "cpu": cpu_model(),
+        "architecture": platform.machine(),
+        "cores": usable_cores(),
+        "memory_bytes": memory_bytes(),
+        "last_level_cache_bytes": last_level_cache_bytes(),
+        "governor": read_text(_CPU / "cpu0/cpufreq/scaling_governor"),
+        "max_frequency_khz": int(frequency) if frequency and frequency.isdigit() else None,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "packages": versions,
+    }
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What could spoil a timing, read before and after it: load over a minute (None where there is no such figure),
+    the count of thermal throttling events, and whether the board says that it throttles now."""
+
+    load: float | None
+    throttle_events: int
+    throttled: bool
+
+    @classmethod
+    def now(cls) -> Conditions:
+        events = [read_text(path) for path in _CPU.glob("cpu*/thermal_throttle/*_throttle_count")]
+        board = read_text(_PI_THROTTLED)
+        return cls(
+            load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+            throttle_events=sum(int(count) for count in events if count and count.isdigit()),
+            throttled=bool(board and int(board, 16) & 0xF),
+        )
+
+
+def why_invalid(before: Conditions, after: Conditions, threads: int) -> str:
+    """Why a timing between the two readings is no figure to use; "" when nothing speaks against it.
+
+    Busy: the load found at the start leaves fewer free cores than the run has threads (half a core is forgiven:
+    the load average never reads zero).
+    """
+    cores = usable_cores()
+    reasons = []
+    if before.load is not None and before.load + threads > cores + 0.5:
+        reasons.append(f"busy: load {before.load:.1f} and {threads} threads on {cores} cores")
+    if after.throttle_events > before.throttle_events or before.throttled or after.throttled:
+        reasons.append("throttled")
+    return "; ".join(reasons)

@@ -1,0 +1,154 @@
+"""The parity gates of a bundle, from the bundle alone: its golden inputs and reference outputs travel in it.
+
+    python -m runtimes.parity BUNDLE [--backend NAME] [--mode exact|fast] [--component NAME]
+
+Two gates that never merge: *export* holds an artifact against the same (quantised) student in PyTorch, and
+*quantisation-loss* holds that student against the float one. Signals are checked for content before any metric.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from runtimes.bundle import Artifact, Bundle
+from runtimes.cli import bundle_parser, exit_code, open_bundle
+from runtimes.compare import Found, compare_decoder, compare_encoder, compare_lm, compare_loss
+from runtimes.errors import Fault
+from runtimes.gates import INHERITANCE, LOSS, Limit, export_gate, export_limits, is_quantised, judge, loss_limits
+from runtimes.golden import GoldenError, load_lm
+from runtimes.host import environment
+from runtimes.report import Result, print_report, read_report, write_report
+from runtimes.session import BackendUnavailable, open_session
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which artifacts to check, None meaning all. `stand_in` names this machine when it is not the profile's device:
+    what passes on it counts as `proxy`."""
+
+    component: str | None = None
+    backend: str | None = None
+    form: str | None = None
+    mode: str | None = None
+    threads: int | None = None
+    stand_in: str | None = None
+
+    def holds(self, artifact: Artifact) -> bool:
+        names = ("component", "backend", "form", "mode")
+        return all(getattr(self, name) in (None, getattr(artifact, name)) for name in names)
+
+
+ALL = Selection()
+
+
+def check(bundle: Bundle, selection: Selection = ALL) -> list[Result]:
+    """Runs every gate of the selected artifacts. Raises Fault when nothing is selected."""
+    chosen = [artifact for artifact in bundle.artifacts if selection.holds(artifact)]
+    if not chosen:
+        held = ", ".join(f"{a.component} {a.label}" for a in bundle.artifacts) or "no artifact"
+        raise Fault("no artifact matches", str(bundle.folder), f"This bundle holds: {held}")
+    rows = [row for artifact in chosen for row in check_artifact(bundle, artifact, selection)]
+    for artifact in chosen:
+        if artifact.component == "lm" and artifact.preferred:
+            rows += [*check_inheritance(bundle, artifact), *check_loss(bundle, artifact)]
+    return rows
+
+
+def check_artifact(bundle: Bundle, artifact: Artifact, selection: Selection = ALL) -> list[Result]:
+    """The export gate of one artifact. Its faults fail the rows; a backend that is not here leaves them pending."""
+    limits, gate = export_limits(bundle, artifact), export_gate(artifact)
+    compare = {"lm": compare_lm, "decoder": compare_decoder, "encoder": compare_encoder}
+    try:
+        with open_session(bundle, artifact, selection.threads) as session:
+            found = compare[artifact.component.split("_")[-1]](bundle, session)
+    except BackendUnavailable as error:
+        rows = _rows(artifact, gate, limits, dict.fromkeys(limits, Found(None, str(error))))
+        return [replace(row, status="pending-device") for row in rows]
+    except Fault as error:
+        found = dict.fromkeys(limits, Found(None, str(error)))
+    return _rows(artifact, gate, limits, found, selection.stand_in)
+
+
+def check_loss(bundle: Bundle, artifact: Artifact) -> list[Result]:
+    """The quantisation-loss gate, overall and per modality: both sides are PyTorch, so it is the student's, not the
+    artifact's. No rows when the bundle carries no float logits (a float student has nothing to lose)."""
+    reference = replace(artifact, backend="torch", form="reference", mode="exact")
+    limits = loss_limits(bundle, artifact)
+    try:
+        golden = load_lm(bundle)
+    except GoldenError as error:
+        return _rows(reference, LOSS, limits, dict.fromkeys(limits, Found(None, str(error))))
+    if golden.float_logits is None:
+        return []
+    rows = []
+    for name, found in compare_loss(bundle, golden).items():
+        suffix = f"/{name}" if name else ""
+        rows += _rows(reference, LOSS, {m + suffix: limit for m, limit in limits.items()}, found)
+    return rows
+
+
+def check_inheritance(bundle: Bundle, artifact: Artifact) -> list[Result]:
+    """What the exporter read back from its own files: N of N tensors with identical codes, scales and zero points."""
+    identical, total = (int(bundle.inheritance.get(key, 0)) for key in ("identical", "total"))
+    if not total and not is_quantised(artifact):
+        return []
+    mismatches = ", ".join(map(str, bundle.inheritance.get("mismatches", ())))
+    where = f"{identical} of {total} tensors identical" + (f"; differing: {mismatches}" if mismatches else "")
+    limit = Limit(float(max(total, 1)), "every quantised tensor, at least one")
+    return [judge(artifact, INHERITANCE, "identical", float(identical), limit, where, None)]
+
+
+def _rows(
+    artifact: Artifact,
+    gate: str,
+    limits: Mapping[str, Limit],
+    found: Mapping[str, Found],
+    stand_in: str | None = None,
+) -> list[Result]:
+    return [
+        judge(artifact, gate, metric, found[metric].value, limit, found[metric].where, stand_in)
+        for metric, limit in limits.items()
+    ]
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; see --help."""
+    parser = bundle_parser("parity", "Checks a bundle's artifacts against its golden outputs.", __doc__ or "")
+    parser.add_argument("--component", metavar="NAME", help="one component, such as lm or image_decoder (default: all)")
+    parser.add_argument("--form", metavar="NAME", help="one form, such as fused or standard (default: all)")
+    parser.add_argument(
+        "--stand-in", metavar="MACHINE", help="this machine is not the profile's device: report proxies"
+    )
+    parser.add_argument("--no-report", action="store_true", help="leave the bundle's report.json as it is")
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Checks, prints and reports. Exit status 1 when a gate fails."""
+    bundle = open_bundle(options.bundle)
+    selection = Selection(
+        options.component, options.backend, options.form, options.mode, options.threads, options.stand_in
+    )
+    report = read_report(bundle.folder)
+    results = check(bundle, selection)
+    fresh = report.merged(results=results, environment=environment())
+    if not options.no_report:
+        write_report(bundle.folder, fresh)
+    print_report(replace(fresh, results=tuple(results), latency=()))
+    failed = [row for row in results if row.status == "failed"]
+    print(
+        f"{len(results) - len(failed)} of {len(results)} gates hold" + ("" if not failed else f", {len(failed)} fail")
+    )
+    return 1 if failed else 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    return exit_code(lambda: run(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
