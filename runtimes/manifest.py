@@ -22,7 +22,7 @@ AGAIN = "Make the bundle again with exporters.build."
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 32 << 20
 COMPONENTS = ("lm", "image_decoder", "image_encoder", "audio_decoder", "audio_encoder")
-MODES = ("exact", "fast")
+MODES = ("exact", "fast", "fp16")
 # Left out when two manifests are compared: everything else of two builds from one input is equal.
 VOLATILE = ("created",)
 DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
