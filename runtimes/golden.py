@@ -93,17 +93,28 @@ def load_cases(bundle: Bundle, artifact: Artifact) -> list[SignalCase]:
     return cases
 
 
+def load_feeds(bundle: Bundle, artifact: Artifact) -> dict[str, Array]:
+    """The feeds of an artifact's first golden run (for lm: the first prompt), read without the reference outputs."""
+    if artifact.component == "lm":
+        tensors, _ = _load(bundle, "lm", ("ids", "prompt"))
+        return {"ids": tensors["ids"][:1, : int(tensors["prompt"][0])].copy()}
+    names = {spec.name: f"case0.{spec.name}" for spec in artifact.inputs}
+    tensors, _ = _load(bundle, artifact.component, tuple(names.values()))
+    return {name: tensors[key] for name, key in names.items()}
+
+
 _AGAIN = "Make the bundle again with exporters.build"
 
 
-def _load(bundle: Bundle, component: str) -> tuple[dict[str, Array], str]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+def _load(bundle: Bundle, component: str, names: tuple[str, ...] = ()) -> tuple[dict[str, Array], str]:
+    """The named tensors of a component's golden file (all of them without names), and its path for messages."""
+    from safetensors import SafetensorError, safe_open
 
     path = bundle.golden.get(component)
     if path is None:
         raise GoldenError(f"no golden file for {component}", str(bundle.folder), _AGAIN)
     try:
-        return load_file(bundle.file(path)), path
+        with safe_open(bundle.file(path), "numpy") as file:
+            return {name: file.get_tensor(name) for name in names or file.keys()}, path
     except (SafetensorError, OSError) as error:
         raise GoldenError(f"cannot be read ({error})", path, _AGAIN) from error

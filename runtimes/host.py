@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
+import subprocess
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -76,9 +78,27 @@ def rss_bytes() -> int | None:
     return int(text.split()[1]) * os.sysconf("SC_PAGE_SIZE") if text else None
 
 
+def _integer(path: Path) -> int | None:
+    text = read_text(path)
+    return int(text) if text and text.isdigit() else None
+
+
+def frequency_khz() -> int | None:
+    """The clock of core 0 now; None where the system does not tell."""
+    return _integer(_CPU / "cpu0/cpufreq/scaling_cur_freq")
+
+
+def power_mode() -> str | None:
+    """A Jetson's power mode by name (numbers differ by board); None on other machines."""
+    tool = shutil.which("nvpmodel")
+    if tool is None:
+        return None
+    reply = subprocess.run([tool, "-q"], capture_output=True, text=True, timeout=10, check=False).stdout
+    return next((line.split(":", 1)[1].strip() for line in reply.splitlines() if "Power Mode:" in line), None)
+
+
 def environment() -> dict[str, Any]:
     """What a result was made on: processor, system, clocks and versions."""
-    frequency = read_text(_CPU / "cpu0/cpufreq/scaling_max_freq")
     versions = {}
     for package in PACKAGES:
         try:
@@ -92,7 +112,8 @@ def environment() -> dict[str, Any]:
         "memory_bytes": memory_bytes(),
         "last_level_cache_bytes": last_level_cache_bytes(),
         "governor": read_text(_CPU / "cpu0/cpufreq/scaling_governor"),
-        "max_frequency_khz": int(frequency) if frequency and frequency.isdigit() else None,
+        "max_frequency_khz": _integer(_CPU / "cpu0/cpufreq/scaling_max_freq"),
+        "power_mode": power_mode(),
         "system": platform.platform(),
         "python": platform.python_version(),
         "packages": versions,
