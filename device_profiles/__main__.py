@@ -6,27 +6,8 @@ import argparse
 import json
 import sys
 
-from device_profiles import ProfileError, list_profiles, load_profile
+from device_profiles import ProfileError, load_profile, profile_rows
 from device_profiles.schema import schema_table
-
-
-def rows() -> list[dict[str, str]]:
-    """One row per profile for a table: name, title, os, memory, bandwidth, backends. Unknown values read `unknown`."""
-    table = []
-    for name in list_profiles():
-        profile = load_profile(name)
-        memory, bandwidth = profile.memory_bytes, profile.bandwidth_bytes_per_s
-        table.append(
-            {
-                "name": name,
-                "title": profile.title,
-                "os": profile.os,
-                "memory": f"{memory / 2**30:.1f} GiB" if memory else profile.state("memory_bytes"),
-                "bandwidth": f"{bandwidth / 1e9:.1f} GB/s" if bandwidth else profile.state("bandwidth_bytes_per_s"),
-                "backends": ", ".join(profile.backends),
-            }
-        )
-    return table
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
         elif given.show is not None:
             print(json.dumps(load_profile(given.show).as_dict(), indent=1, ensure_ascii=False))
         else:
-            for row in rows():
+            for row in profile_rows():
                 print("  ".join((f"{row['name']:26}", f"{row['memory']:>10}", f"{row['bandwidth']:>14}", row["title"])))
     except ProfileError as error:
         print(error, file=sys.stderr)

@@ -9,6 +9,7 @@ calls `write_manifest` last, and on leaving the block the folder takes the outpu
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,8 +35,9 @@ from runtimes.manifest import (
     dump_manifest,
     safe_path,
 )
-from runtimes.manifest_json import load_json, parse_manifest
-from runtimes.publish import BundleBusy, publish, recover, staged
+from runtimes.manifest_json import parse_manifest
+from runtimes.publish import BundleBusy, recover, staged
+from runtimes.strict_json import load_json
 
 __all__ = [
     "MANIFEST",
@@ -147,3 +149,17 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any], progress: Progress
         progress("manifest", 0)
         write_durably(folder / MANIFEST, dump_manifest(complete))
     return load_bundle(folder)
+
+
+def publish(
+    folder: Path, output: str | os.PathLike[str], *, allow_downgrade: bool = False, progress: Progress = quiet
+) -> Bundle:
+    """Publishes a finished bundle folder, which may lie on another file system: it is checked, then copied."""
+    bundle = load_bundle(folder)
+    bundle.verify(progress)
+    with staged(output, allow_downgrade=allow_downgrade, progress=progress) as stage, storage_errors(stage):
+        # The manifest last, as everywhere: a folder with a manifest is a whole bundle.
+        for path in sorted(scan(folder), key=lambda path: path == MANIFEST):
+            (stage / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / path, stage / path, follow_symlinks=False)
+    return load_bundle(output)

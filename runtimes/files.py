@@ -25,6 +25,8 @@ _WAYS_OUT = {
     errno.EPERM: "Permission is missing; choose a folder that you may write to.",
     errno.EIO: "The disk reports a fault; check it, and choose an output on another one.",
     errno.ENAMETOOLONG: "The name is too long; choose a shorter output path.",
+    errno.EBUSY: "The folder is in use, or a mount point; choose another output.",
+    errno.EXDEV: "The path crosses into another file system; choose an output that does not.",
     errno.ENOTDIR: "A part of the path is not a folder; choose another output.",
 }
 

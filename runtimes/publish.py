@@ -59,8 +59,9 @@ def _locked(output: Path) -> Iterator[None]:
             way_out = "Wait until it ends, or choose another output."
             raise BundleBusy(f"process {holder} is building there", str(output), way_out) from error
         # The last holder removes the file; a lock on a file that is gone protects nothing, so take it again.
-        if path.exists() and os.path.samestat(os.fstat(descriptor), os.stat(path)):
-            break
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                break
         os.close(descriptor)
     try:
         os.ftruncate(descriptor, 0)
@@ -77,6 +78,17 @@ def _remove(folder: Path) -> None:
         with suppress(OSError):  # not ours to chmod: then rmtree says so
             os.chmod(directory, 0o700)
     shutil.rmtree(folder)
+
+
+def _discard(folder: Path, output: Path) -> None:
+    """Removes `.NAME.old`. It takes a temporary name first: what is called old is always whole, never half removed."""
+    temporary = _temporary(output)
+    os.rename(folder, temporary)
+    _remove(temporary)
+
+
+def _temporary(output: Path) -> Path:
+    return _beside(output, f"tmp-{os.getpid()}-{secrets.token_hex(4)}")
 
 
 def _clean(output: Path) -> None:
@@ -122,7 +134,7 @@ def _swap(new: Path, output: Path, progress: Progress, exchange: bool) -> None:
         old = new
     else:
         if old.exists():
-            _remove(old)
+            _discard(old, output)
         os.rename(output, old)
         progress("aside", 0)
         os.rename(new, output)
@@ -131,7 +143,7 @@ def _swap(new: Path, output: Path, progress: Progress, exchange: bool) -> None:
     # The new bundle is in place for good: what cannot be removed now, the next build removes.
     with suppress(OSError):
         if old.exists():
-            _remove(old)
+            _discard(old, output)
     progress("done", 0)
 
 
@@ -148,6 +160,8 @@ def _check_target(output: Path, new: Path | None, allow_downgrade: bool) -> None
     """Refuses an output that is something else than a bundle, and an older version over a newer one."""
     if not output.exists():
         return
+    if os.path.ismount(output):
+        raise BundleError("is a mount point, which nothing can replace", str(output), "Choose a folder below it.")
     if not output.is_dir() or (any(output.iterdir()) and not (output / MANIFEST).is_file()):
         way_out = "Choose another output, or remove it yourself."
         raise BundleError("is there already and is not a bundle", str(output), way_out)
@@ -177,7 +191,7 @@ def staged(
     with _storage_or_same(target), _locked(target):
         _clean(target)
         _check_target(target, None, allow_downgrade)
-        folder = _beside(target, f"tmp-{os.getpid()}-{secrets.token_hex(4)}")
+        folder = _temporary(target)
         folder.mkdir()
         try:
             progress("build", 0)
@@ -203,7 +217,9 @@ def _storage_or_same(target: Path) -> Iterator[None]:
     except BundleError:
         raise
     except OSError as error:
-        if (found := storage_error(error, target)) is not None:
+        # A fault elsewhere (an input that may not be read) is not about this output.
+        elsewhere = isinstance(error.filename, str) and not Path(error.filename).is_relative_to(target.parent)
+        if not elsewhere and (found := storage_error(error, target)) is not None:
             raise found from error
         raise
     except Exception as error:
@@ -211,15 +227,3 @@ def _storage_or_same(target: Path) -> Iterator[None]:
             full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
             raise storage_error(full, target) or error from error
         raise
-
-
-def publish(
-    folder: Path, output: str | os.PathLike[str], *, allow_downgrade: bool = False, progress: Progress = quiet
-) -> None:
-    """Publishes a finished bundle folder, which may lie on another file system (it is copied; `folder` stays)."""
-    with staged(output, allow_downgrade=allow_downgrade, progress=progress) as stage:
-        shutil.copytree(
-            folder, stage, symlinks=True, dirs_exist_ok=True, ignore=lambda _, names: {MANIFEST} & set(names)
-        )
-        # Last, as everywhere: a folder with a manifest is a whole bundle.
-        shutil.copy2(folder / MANIFEST, stage / MANIFEST)
