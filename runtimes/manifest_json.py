@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from runtimes.manifest import (
+    AGAIN,
     COMPONENTS,
     DTYPES,
     MODES,
