@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from exporters.errors import PackageError, WeightsError
-from exporters.safe_files import check_relative, read_json
+from exporters.safe_files import check_relative
 from exporters.safetensors_header import FLOATS, TensorInfo, read_header
+from exporters.strict_json import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -55,21 +56,23 @@ class Checkpoint:
         """Refuse NaN and infinities in float tensors, in one pass of bounded memory."""
         for name in names:
             if self.tensors[name].dtype in FLOATS:
-                for part in _parts(self.tensor(name)):
-                    # min and max propagate NaN and show infinities without a mask as large as the tensor.
-                    low, high = part.aminmax()
-                    if not (low.isfinite() and high.isfinite()):
-                        raise WeightsError(
-                            "holds NaN or infinite values",
-                            where=f"{self.tensors[name].file.name}: {name}",
-                            way_out="The training run diverged or the file is damaged: export the weights again",
-                        )
+                check_finite(self.tensor(name), f"{self.tensors[name].file.name}: {name}")
 
 
-def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+def check_finite(tensor: torch.Tensor, where: str) -> None:
+    """Refuse NaN and infinities in a float tensor, in steps of bounded memory."""
+    if not tensor.is_floating_point():
+        return
     flat = tensor.reshape(-1)
     for start in range(0, flat.numel(), _CHUNK):
-        yield flat[start : start + _CHUNK]
+        # min and max propagate NaN and show infinities without a mask as large as the tensor.
+        low, high = flat[start : start + _CHUNK].aminmax()
+        if not (low.isfinite() and high.isfinite()):
+            raise WeightsError(
+                "holds NaN or infinite values",
+                where=where,
+                way_out="The training run diverged or the file is damaged: export the weights again",
+            )
 
 
 def open_checkpoint(folder: Path, files: Iterable[str]) -> Checkpoint:

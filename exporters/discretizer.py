@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from exporters.checkpoint import Checkpoint
+from exporters.checkpoint import Checkpoint, check_finite
 from exporters.discretizer_config import discretizer_kind, library_config
 from exporters.errors import ConfigError, WeightsError
 from exporters.pth_file import load_pth
-from exporters.safe_files import read_json
+from exporters.strict_json import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +28,7 @@ def _dac_model(config: Mapping[str, Any]) -> torch.nn.Module:
     return DacModel(DacConfig(**{key: value for key, value in config.items() if key != "model_type"}))
 
 
-_BUILD: Mapping[str, Callable[[Mapping[str, Any]], "torch.nn.Module"]] = {"VQModel": _vq_model, "dac": _dac_model}
+_BUILD: Mapping[str, Callable[[Mapping[str, Any]], torch.nn.Module]] = {"VQModel": _vq_model, "dac": _dac_model}
 
 
 def load_discretizer(folder: Path) -> torch.nn.Module:
@@ -47,10 +47,11 @@ def load_discretizer(folder: Path) -> torch.nn.Module:
     single = folder / "model.safetensors"
     if single.exists():
         checkpoint = Checkpoint(folder, [single.name])
-        checkpoint.check_finite(checkpoint.tensors)
         state = {name: checkpoint.tensor(name) for name in checkpoint.tensors}
     else:
         state = load_pth(folder / "model.pth")
+    for name, tensor in state.items():
+        check_finite(tensor, f"{folder.name}: {name}")
     expected = module.state_dict()
     for name in sorted(set(expected) ^ set(state)):
         what = "is missing" if name in expected else "is not part of the model"

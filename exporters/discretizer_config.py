@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from exporters.errors import ConfigError, PackageError
+from exporters.remote_code import refuse_remote_code
 
 _OURS = ("preprocessing", "student_version")
 
@@ -92,7 +93,7 @@ DISCRETIZERS: Mapping[str, _Check] = {"VQModel": _check_image, "dac": _check_aud
 
 
 def discretizer_kind(config: Mapping[str, Any], where: str) -> str:
-    """"VQModel" or "dac", from "_class_name" (diffusers) or "model_type" (transformers)."""
+    """The class, "VQModel" or "dac", from "_class_name" (diffusers) or "model_type" (transformers)."""
     kind = config.get("_class_name", config.get("model_type"))
     if not isinstance(kind, str) or kind not in DISCRETIZERS:
         raise ConfigError(
@@ -107,6 +108,7 @@ def check_discretizer_config(
     config: Mapping[str, Any], where: str, codebooks: int, codebook_size: int, grid: tuple[int, ...]
 ) -> None:
     """Refuse a discretizer whose codebooks, grid or preprocessing disagree with the modality table."""
+    refuse_remote_code(config, where)
     DISCRETIZERS[discretizer_kind(config, where)](config, where, codebooks, codebook_size, grid)
 
 

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from exporters.errors import ConfigError
+from exporters.remote_code import refuse_remote_code
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -21,6 +23,8 @@ _DIMENSIONS = {
     "hidden_size": 1 << 20, "intermediate_size": 1 << 24, "num_hidden_layers": 512, "num_attention_heads": 4096,
     "num_key_value_heads": 4096, "head_dim": 1 << 16, "vocab_size": 1 << 24, "max_position_embeddings": 1 << 30,
 }  # fmt: skip
+MAX_COUNT = 4096
+_COUNT_KEY = re.compile(r"(n|num)_.*(layer|head|expert|group|block|stage)s?.*|.*(layers|experts|blocks|stages)")
 _REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _NOT_FOR_US = ("student_version", "quantization_config", "transformers_version", "architectures")
 
@@ -37,23 +41,6 @@ class Skeleton:
     parameters: Mapping[str, tuple[int, ...]]
     modules: Mapping[str, tuple[str, ...]]
     tied: Mapping[str, str]
-
-
-def _refuse_remote_code(value: Any, path: str, where: str) -> None:
-    if isinstance(value, dict):
-        for key, item in value.items():
-            if key in ("auto_map", "trust_remote_code", "custom_pipelines", "custom_generate"):
-                raise ConfigError(
-                    f"{path}{key} asks to run code that came with the checkpoint",
-                    where=where,
-                    way_out="Only model classes of the installed transformers are used; remove the key",
-                )
-            if key in ("attn_implementation", "_attn_implementation") and item not in (None, "eager", "sdpa"):
-                raise ConfigError(f"{path}{key} is {item!r:.80}", where=where, way_out="Remove the key")
-            _refuse_remote_code(item, f"{path}{key}.", where)
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            _refuse_remote_code(item, f"{path}{index}.", where)
 
 
 def _check_dimensions(config: Mapping[str, Any], where: str) -> None:
@@ -81,19 +68,34 @@ def _check_dimensions(config: Mapping[str, Any], where: str) -> None:
         )
     if config.get("head_dim", 2) is not None and config.get("head_dim", 2) % 2:
         raise ConfigError(f"head_dim {config['head_dim']} is odd", where=where, way_out="RoPE needs pairs")
+    _check_counts(config, "", where)
     for key in ("rms_norm_eps", "layer_norm_eps", "rope_theta"):
         value = config.get(key)
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0 or not math.isfinite(value):
             raise ConfigError(f"{key} is {value!r:.80}", where=where, way_out="Give a positive number")
+
+
+def _check_counts(value: Any, path: str, where: str) -> None:
+    """Bound every number of layers, experts and the like, at any depth: each is a module that would be built."""
+    if isinstance(value, list) and len(value) > MAX_COUNT:
+        raise ConfigError(f"{path} has {len(value)} entries", where=where, way_out=f"At most {MAX_COUNT}")
+    items = value.items() if isinstance(value, dict) else []
+    for key, item in items:
+        counted = _COUNT_KEY.fullmatch(key) is not None
+        if counted and isinstance(item, int | float) and not 0 <= item <= MAX_COUNT:
+            raise ConfigError(f"{path}{key} is {item}", where=where, way_out=f"Give a whole number up to {MAX_COUNT}")
+        if path.startswith("rope_") and isinstance(item, int | float) and not isinstance(item, bool) and item <= 0:
+            raise ConfigError(f"{path}{key} is {item}", where=where, way_out="Give a positive number")
+        _check_counts(item, f"{path}{key}.", where)
 
 
 def check_model_config(config: Mapping[str, Any], where: str = "config.json") -> None:
     """Refuse remote code, an unknown model_type, and dimensions that cannot be built."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    _refuse_remote_code(config, "", where)
+    refuse_remote_code(config, where)
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         near = difflib.get_close_matches(str(kind)[:100], MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, n=3, cutoff=0.4)

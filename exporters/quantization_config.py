@@ -11,8 +11,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
+from exporters.compressed_tensors_ import FORMATS, WeightScheme
 from exporters.errors import QuantizationError
-from exporters.quantized import BITS, FORMATS, WeightScheme
+from exporters.quantized import BITS
 
 _METHOD = "compressed-tensors"
 _WHERE = "config.json: quantization_config"

@@ -1,31 +1,24 @@
-"""Reading a folder that somebody else wrote: safe paths, regular files, strict JSON, hashes.
+"""Reading a folder that somebody else wrote: safe paths, regular files, hashes.
 
-Everything here is bounded: in the number of files, in bytes read, in nesting and in time.
+Everything here is bounded: in the number of files, in bytes read and in time.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 import os
-import re
 import stat
-from collections.abc import Iterable, Mapping
+import unicodedata
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from exporters.errors import ConfigError, PackageError, UnsafePath, WeightsError
 
 MAX_FILES = 10_000
-MAX_JSON_BYTES = 64 << 20
-MAX_JSON_DEPTH = 64
 _CHUNK = 1 << 20
+_LFS_LARGEST = 1024
 _LFS_MARK = b"version https://git-lfs.github.com/spec/"
-# Possessive, closing quote optional: linear time on any text, an unterminated string included.
-_STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[\[\]{}]', re.DOTALL)
-_NUMBER_DIGITS = 400  # json would build an integer of any length, in quadratic time
 
 
 @dataclass(frozen=True)
@@ -43,8 +36,8 @@ def check_relative(path: str, where: str) -> str:
         not path
         or len(path) > 512
         or "\\" in path
+        or not path.isprintable()
         or ":" in path
-        or any(ord(char) < 32 or ord(char) == 127 for char in path)
         or PurePosixPath(path).is_absolute()
         or ".." in parts
         or str(PurePosixPath(path)) != path
@@ -58,7 +51,11 @@ def check_relative(path: str, where: str) -> str:
 
 
 def _entries(folder: Path, top: Path, found: dict[str, os.stat_result]) -> None:
-    for entry in sorted(os.scandir(folder), key=lambda item: item.name):
+    try:
+        entries = sorted(os.scandir(folder), key=lambda item: item.name)
+    except OSError as error:
+        raise PackageError(f"cannot be read ({error.strerror})", where=str(folder), way_out="Allow it") from error
+    for entry in entries:
         path = Path(entry.path)
         name = path.relative_to(top).as_posix()
         check_relative(name, str(top))
@@ -102,7 +99,7 @@ def list_files(folder: Path) -> dict[str, Path]:
     folded: dict[str, str] = {}
     for name, status in sorted(found.items()):
         check_regular(status, folder / name, names_of[status.st_dev, status.st_ino])
-        other = folded.setdefault(name.casefold(), name)
+        other = folded.setdefault(unicodedata.normalize("NFC", name.casefold()), name)
         if other != name:
             raise UnsafePath(
                 f"{other!r} and {name!r} differ only in case",
@@ -132,6 +129,15 @@ def hash_file(path: Path) -> FileEntry:
     return FileEntry(size, digest.hexdigest())
 
 
+def sync_folder(folder: Path) -> None:
+    """fsync a folder, so that a rename in it survives a crash."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def hash_whole(files: Mapping[str, FileEntry]) -> str:
     """SHA-256 over the sorted lines ``path TAB size TAB sha256 NEWLINE``."""
     lines = (f"{path}\t{entry.size}\t{entry.sha256}\n" for path, entry in sorted(files.items()))
@@ -139,71 +145,14 @@ def hash_whole(files: Mapping[str, FileEntry]) -> str:
 
 
 def refuse_lfs_pointer(path: Path) -> None:
-    """Refuse the small text file that Git LFS leaves where the weights should be."""
+    """Refuse the small text file that Git LFS leaves where the file itself should be."""
+    if path.stat().st_size > _LFS_LARGEST:
+        return
     with path.open("rb") as file:
         if file.read(len(_LFS_MARK)) == _LFS_MARK:
             raise WeightsError(
                 "is a Git LFS pointer, not the file itself", where=str(path), way_out="Run `git lfs pull` in its clone"
             )
-
-
-def _check_depth(text: str, where: str) -> None:
-    """Refuse deep nesting before the recursive parser meets it."""
-    depth = 0
-    for mark in _STRING_OR_BRACKET.finditer(text):
-        if mark.group() in "[{":
-            depth += 1
-            if depth > MAX_JSON_DEPTH:
-                raise ConfigError(
-                    f"JSON nested deeper than {MAX_JSON_DEPTH} levels", where=where, way_out="Flatten it"
-                )
-        elif mark.group() in "]}":
-            depth -= 1
-
-
-def parse_json(data: bytes, where: str) -> Any:
-    """Parse strict JSON (RFC 8259): UTF-8 without BOM, unique keys, finite numbers, bounded depth.
-
-    Raises ConfigError naming `where` and the key or position.
-    """
-
-    def pairs(items: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-        result: dict[str, Any] = {}
-        for key, value in items:
-            if key in result:
-                raise ConfigError(f"the key {key[:100]!r} appears twice", where=where, way_out="Keep one of them")
-            result[key] = value
-        return result
-
-    def constant(name: str) -> Any:
-        raise ConfigError(f"{name} is not JSON", where=where, way_out="Use a finite number or null")
-
-    def number(text: str) -> float:
-        value = float(text)
-        if not math.isfinite(value):
-            raise ConfigError(f"the number {text[:40]} is not finite", where=where, way_out="Use a finite number")
-        return value
-
-    def integer(text: str) -> int:
-        if len(text) > _NUMBER_DIGITS:
-            raise ConfigError(f"a number of {len(text)} digits", where=where, way_out="Use a number of sensible size")
-        return int(text)
-
-    if data.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
-        raise ConfigError("starts with a byte-order mark", where=where, way_out="Save it as UTF-8 without BOM")
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"is not UTF-8 (byte {error.start})", where=where, way_out="Save it as UTF-8") from error
-    _check_depth(text, where)
-    try:
-        return json.loads(
-            text, object_pairs_hook=pairs, parse_constant=constant, parse_float=number, parse_int=integer
-        )
-    except json.JSONDecodeError as error:
-        raise ConfigError(
-            f"is not JSON ({error.msg}, line {error.lineno} column {error.colno})", where=where, way_out="Correct it"
-        ) from error
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
@@ -217,13 +166,7 @@ def read_bytes(path: Path, limit: int) -> bytes:
             raise UnsafePath("is not a regular file", where=str(path), way_out="Remove it from the package")
         data = file.read(limit + 1)
     if len(data) > limit:
-        raise ConfigError(f"is larger than {limit} bytes", where=str(path), way_out="This is not the file expected here")
+        raise ConfigError(
+            f"is larger than {limit} bytes", where=str(path), way_out="This is not the file expected here"
+        )
     return data
-
-
-def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """Read a file that must hold one JSON object, strictly; see `parse_json`."""
-    value = parse_json(read_bytes(path, limit), str(path))
-    if not isinstance(value, dict):
-        raise ConfigError(f"holds a JSON {type(value).__name__}, not an object", where=str(path), way_out="Correct it")
-    return value

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from exporters.errors import UnsafePath, WeightsError
-from exporters.safe_files import parse_json, refuse_lfs_pointer
+from exporters.safe_files import refuse_lfs_pointer
+from exporters.strict_json import parse_json
 
 MAX_HEADER = 16 << 20
 MAX_TENSORS = 50_000

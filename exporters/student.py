@@ -10,15 +10,24 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from exporters.checkpoint import Checkpoint, open_checkpoint
+from exporters.compressed_tensors_ import FORMATS, WeightScheme, check_group, layout, leftovers
 from exporters.discretizer import load_discretizer
 from exporters.errors import PackageError, TokenizerError, WeightsError
 from exporters.model_config import Skeleton, check_model_config, library_config, skeleton
 from exporters.package import MANIFEST, Modality, Package, validate
 from exporters.quantization_config import module_schemes
-from exporters.quantized import FORMATS, QuantizedTensor, WeightScheme
+from exporters.quantized import QuantizedTensor
 from exporters.safe_files import FileEntry, hash_file
 from exporters.safetensors_header import FLOATS, TensorInfo
-from exporters.tokenizer_files import Vocabulary, read_vocabulary, special_ids
+from exporters.tokenizer_files import (
+    GOLDEN,
+    Vocabulary,
+    check_added_tokens,
+    check_modalities,
+    check_tokenizer,
+    read_vocabulary,
+    special_ids,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -115,7 +124,9 @@ def _match_tensors(
     def take(name: str, dtypes: frozenset[str], allowed: tuple[tuple[int, ...], ...]) -> TensorInfo:
         info = unseen.pop(name, None)
         if info is None:
-            raise WeightsError(f"the tensor {name!r} is missing", where="weights", way_out="Export the checkpoint again")
+            raise WeightsError(
+                f"the tensor {name!r} is missing", where="weights", way_out="Export the checkpoint again"
+            )
         if info.shape not in allowed or info.dtype not in dtypes:
             raise WeightsError(
                 f"is {info.dtype} {list(info.shape)}; config.json asks for {'/'.join(sorted(dtypes))}"
@@ -129,9 +140,11 @@ def _match_tensors(
         module, _, kind = name.rpartition(".")
         if kind == "weight" and module in schemes:
             shapes[module] = (shape[0], shape[1])
-            scheme = schemes[module]
-            for part, (dtypes, allowed) in FORMATS[scheme.format].layout(scheme, shapes[module]).items():
+            check_group(module, schemes[module], shapes[module])
+            for part, (dtypes, allowed) in layout(schemes[module], shapes[module]).items():
                 take(f"{module}.{part}", dtypes, allowed)
+            for name in leftovers(module, schemes[module], checkpoint.tensors, checkpoint.tensor):
+                del unseen[name]
         else:
             floats[name] = take(name, FLOATS, (shape,))
     for name, source in expected.tied.items():
@@ -173,6 +186,22 @@ def _with_ids(modalities: Mapping[str, Modality], vocabulary: Vocabulary | None)
     return result
 
 
+def _open_tokenizer(package: Package) -> tuple[Path | None, dict[str, Modality], dict[str, Any]]:
+    """tokenizer.json, the modalities with the ids of their wrapping tokens, and the special ids; all checked."""
+    size = package.config["vocab_size"]
+    path = package.path(package.tokenizer_prefix + "tokenizer.json")
+    vocabulary = read_vocabulary(path, size) if path else None
+    modalities = _with_ids(package.modalities, vocabulary)
+    special = special_ids(package, vocabulary)
+    if path is not None and vocabulary is not None:
+        if added := package.path(package.tokenizer_prefix + "added_tokens.json"):
+            check_added_tokens(added, vocabulary)
+        if not package.plain:  # a plain checkpoint's text range is the whole, often padded, vocabulary
+            check_modalities(vocabulary, modalities, special)
+        check_tokenizer(path, package.path(GOLDEN), size)
+    return path, modalities, special
+
+
 def load_student(folder: str | Path) -> Student:
     """Validate a package whole and open it.
 
@@ -181,9 +210,7 @@ def load_student(folder: str | Path) -> Student:
     """
     package: Package = validate(folder)
     check_model_config(package.config)
-    path = package.path(package.tokenizer_prefix + "tokenizer.json")
-    vocabulary = read_vocabulary(path) if path else None
-    modalities = _with_ids(package.modalities, vocabulary)
+    tokenizer, modalities, special = _open_tokenizer(package)
     checkpoint = open_checkpoint(package.folder, package.files)
     expected = skeleton(package.config)
     stored = package.config.get("quantization_config")
@@ -206,8 +233,8 @@ def load_student(folder: str | Path) -> Student:
         tensors=MappingProxyType(tensors),
         quantized=quantized,
         tied=MappingProxyType(dict(expected.tied)),
-        tokenizer=path,
-        special=special_ids(package, vocabulary),
+        tokenizer=tokenizer,
+        special=special,
         files=package.files,
         checkpoint=checkpoint,
     )

@@ -10,8 +10,6 @@ Vocabulary: text [0, 64), specials [64, 72), image [72, 104), audio [104, 136) i
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +20,26 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from exporters.package import write_manifest
+from tools.tiny_discretizers import (
+    AUDIO_BOOKS,
+    AUDIO_CODES,
+    AUDIO_FIRST,
+    AUDIO_FRAMES,
+    IMAGE_CODES,
+    IMAGE_FIRST,
+    IMAGE_GRID,
+    SPECIALS,
+    TEXT,
+    VERSION,
+    VOCAB,
+    write_audio_discretizer,
+    write_image_discretizer,
+    write_json,
+)
 
-VERSION = "1.0.0"
-TEXT = 64
-SPECIALS = ["<bos>", "<eos>", "<pad>", "<image>", "</image>", "<audio>", "</audio>", "<reserved>"]
-IMAGE_FIRST, IMAGE_CODES, IMAGE_GRID, IMAGE_SIZE = TEXT + len(SPECIALS), 32, (4, 4), 16
-AUDIO_FIRST, AUDIO_BOOKS, AUDIO_CODES, AUDIO_FRAMES = IMAGE_FIRST + IMAGE_CODES, 2, 16, 6
-VOCAB = AUDIO_FIRST + AUDIO_BOOKS * AUDIO_CODES
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
 Config = dict[str, Any]
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 def _tokenizer(folder: Path) -> Tokenizer:
@@ -51,7 +54,7 @@ def _tokenizer(folder: Path) -> Tokenizer:
     tokenizer.add_special_tokens(SPECIALS)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    _write_json(
+    write_json(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -62,10 +65,8 @@ def _tokenizer(folder: Path) -> Tokenizer:
             "student_version": VERSION,
         },
     )
-    _write_json(
-        folder / "special_tokens_map.json", {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
-    )
-    _write_json(folder / "added_tokens.json", {token: TEXT + index for index, token in enumerate(SPECIALS)})
+    write_json(folder / "special_tokens_map.json", {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"})
+    write_json(folder / "added_tokens.json", {token: TEXT + index for index, token in enumerate(SPECIALS)})
     return tokenizer
 
 
@@ -165,9 +166,7 @@ def compress(weight: torch.Tensor, group_config: Config, scale_dtype: torch.dtyp
     return {name: tensor.contiguous() for name, tensor in stored.items()}
 
 
-def _store_decoder(
-    folder: Path, config: Config, weights: dict[str, torch.Tensor], scale_dtype: torch.dtype
-) -> None:
+def _store_decoder(folder: Path, config: Config, weights: dict[str, torch.Tensor], scale_dtype: torch.dtype) -> None:
     groups = config.get("quantization_config", {}).get("config_groups", {}).values()
     by_class = {target: group for group in groups for target in group["targets"]}
     stored: dict[str, torch.Tensor] = {}
@@ -185,74 +184,15 @@ def _store_decoder(
         here = {name: tensor for name, tensor in stored.items() if placed[name] == shard}
         save_file(here, folder / shard, metadata={"format": "pt"})
     total = sum(tensor.nbytes for tensor in stored.values())
-    _write_json(
+    write_json(
         folder / "model.safetensors.index.json",
         {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))},
     )
-    _write_json(folder / "config.json", config)
-    _write_json(
+    write_json(folder / "config.json", config)
+    write_json(
         folder / "generation_config.json",
         {"bos_token_id": TEXT, "eos_token_id": [TEXT + 1], "pad_token_id": TEXT + 2, "do_sample": False},
     )
-
-
-def _image_discretizer(folder: Path) -> None:
-    from diffusers import VQModel
-
-    model = VQModel(
-        in_channels=1,
-        out_channels=1,
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 8, 16),
-        layers_per_block=1,
-        latent_channels=4,
-        sample_size=IMAGE_SIZE,
-        num_vq_embeddings=IMAGE_CODES,
-        norm_num_groups=4,
-        vq_embed_dim=4,
-    )
-    # The library starts its codebook in +-1/n, where a random encoder picks one code for everything: take latents.
-    with torch.no_grad():
-        latents = model.encode(torch.rand(32, 1, IMAGE_SIZE, IMAGE_SIZE) * 2 - 1).latents.movedim(1, -1).flatten(0, 2)
-        chosen = latents[torch.randperm(len(latents))[:IMAGE_CODES]]
-        model.quantize.embedding.weight.copy_(chosen + 0.3 * latents.std(0) * torch.randn_like(chosen))
-    folder.mkdir(parents=True)
-    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / "model.safetensors")
-    config = {key: value for key, value in model.config.items() if not key.startswith("_")}
-    size = {"size": [IMAGE_SIZE, IMAGE_SIZE], "channels": 1, "mean": [0.5], "std": [0.5]}
-    extra = {"_class_name": "VQModel", "student_version": VERSION, "preprocessing": size}
-    _write_json(folder / "config.json", config | extra)
-
-
-def _audio_discretizer(folder: Path, ratios: list[int], weights_file: str) -> None:
-    from transformers import DacConfig, DacModel
-
-    values: Config = {
-        "encoder_hidden_size": 8,
-        "downsampling_ratios": ratios,
-        "decoder_hidden_size": 32,
-        "n_codebooks": AUDIO_BOOKS,
-        "codebook_size": AUDIO_CODES,
-        "codebook_dim": 4,
-        "sampling_rate": 8000,
-    }
-    model = DacModel(DacConfig(**values))
-    # Random weights decode to near silence, which the runtime refuses: bring the sound to a hearable level.
-    with torch.no_grad():
-        codes = torch.randint(AUDIO_CODES, (4, AUDIO_BOOKS, AUDIO_FRAMES))
-        model.decoder.conv2.bias.zero_()
-        model.decoder.conv2.weight *= 0.2 / model.decode(audio_codes=codes).audio_values.std()
-    folder.mkdir(parents=True)
-    state = {name: value.contiguous() for name, value in model.state_dict().items()}
-    if weights_file.endswith(".pth"):
-        torch.save(state, folder / weights_file)
-    else:
-        save_file(state, folder / weights_file)
-    hop = int(torch.tensor(ratios).prod())
-    size = {"sample_rate": 8000, "samples": AUDIO_FRAMES * hop, "channels": 1, "peak": 0.9}
-    extra = {"model_type": "dac", "student_version": VERSION, "preprocessing": size}
-    _write_json(folder / "config.json", values | extra)
 
 
 def _samples(folder: Path, tokenizer: Tokenizer, generator: torch.Generator) -> None:
@@ -274,6 +214,9 @@ def _samples(folder: Path, tokenizer: Tokenizer, generator: torch.Generator) -> 
     longest = max(map(len, rows))
     padded = [row + [TEXT + 2] * (longest - len(row)) for row in rows]
     folder.mkdir(parents=True)
+    texts = ["a handwritten seven", "say three", "zero 0 nine"]
+    cases = [{"text": text, "ids": tokenizer.encode(text).ids} for text in texts]
+    write_json(folder / "tokenizer_golden.json", {"cases": cases})
     values = {"ids": padded, "length": [len(row) for row in rows], "prompt": prompts}
     save_file(
         {name: torch.tensor(value, dtype=torch.int32) for name, value in values.items()},
@@ -336,8 +279,8 @@ def write_tiny_student(
     _store_decoder(folder, config, weights, scale_dtype)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        _image_discretizer(folder / "discretizers" / "image")
-        _audio_discretizer(folder / "discretizers" / "audio", list(hop), audio_weights)
+        write_image_discretizer(folder / "discretizers" / "image")
+        write_audio_discretizer(folder / "discretizers" / "audio", list(hop), audio_weights)
     _samples(folder / "samples", tokenizer, generator)
     (folder / "MODEL_CARD.md").write_text("# Tiny student\n\nRandom weights, for tests.\n", encoding="utf-8")
     (folder / "DATA_CARD.md").write_text("# Data\n\nNone: the weights are random.\n", encoding="utf-8")
