@@ -1,0 +1,73 @@
+"""Step `student`: distil the student from the teacher's logits.
+
+The loss is `alpha * CE + (1 - alpha) * T^2 * KL(teacher || student)` at temperature T (Hinton et al.
+2015, arXiv:1503.02531); `--loss logit-mse` replaces the second term by the squared difference of
+the centred logits (Ba and Caruana 2014, arXiv:1312.6184).
+"""
+
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+from transformers import LlamaForCausalLM
+
+from tools.reference_student import lm, teacher, vocabulary
+from tools.reference_student.training import arguments, fit
+
+
+def distance(student: torch.Tensor, target: torch.Tensor, form: str, temperature: float) -> torch.Tensor:
+    """Per-position distance [m] of student and teacher logits [m, V] in the chosen form ("kl" or "logit-mse")."""
+    if form == "kl":
+        divergence = F.kl_div(
+            F.log_softmax(student / temperature, -1), F.log_softmax(target / temperature, -1), reduction="none", log_target=True
+        )
+        return divergence.sum(-1) * temperature**2
+    # A constant added to all logits changes no probability, so it is taken out first.
+    centred = (student - student.mean(-1, keepdim=True)) - (target - target.mean(-1, keepdim=True))
+    return centred.square().mean(-1)
+
+
+def train(work: Path, steps: int, peak: float, form: str, alpha: float, temperature: float, compiled: bool) -> LlamaForCausalLM:
+    """Distil and leave the checkpoint `work/student.pt`."""
+    words = vocabulary.load(work / "tokenizer")
+    model, guide = lm.student(words), teacher.load(work)
+    reader, guide_reader, rows = lm.Reader(model, compiled), lm.Reader(guide, compiled), lm.Rows(work, words)
+
+    def loss(step: int) -> dict[str, torch.Tensor]:
+        batch = rows.batch(lm.BATCH)
+        with torch.no_grad():
+            target = guide_reader.logits(batch)
+        logits = reader.logits(batch)
+        hard = lm.cross_entropy(logits, batch)
+        soft = (distance(logits, target, form, temperature) * batch.weights).sum() / batch.weights.sum()
+        with torch.no_grad():
+            codes, accuracy = lm.code_loss(logits, batch), lm.answer_accuracy(logits, batch)
+        return {"loss": alpha * hard + (1 - alpha) * soft, "soft": soft, "codes": codes, "answers": accuracy}
+
+    return fit(model, loss, work / "student.pt", steps, peak, weight_decay=0.02, save_every=250)
+
+
+def load(work: Path) -> LlamaForCausalLM:
+    """The distilled student rounded to float16 (what the float package holds), computing in float32."""
+    model = lm.student(vocabulary.load(work / "tokenizer"))
+    state = torch.load(work / "student.pt", weights_only=True)["model"]
+    model.load_state_dict({name: value.half().float() for name, value in state.items()})
+    return model.eval()
+
+
+def main() -> None:
+    """Distil the student."""
+    options = arguments(
+        __doc__,
+        steps={"type": int, "default": 3600},
+        rate={"type": float, "default": 3e-3},
+        loss={"choices": ("kl", "logit-mse"), "default": "kl"},
+        alpha={"type": float, "default": 0.4, "help": "share of the cross-entropy"},
+        temperature={"type": float, "default": 1.5},
+        eager={"action": "store_true", "help": "do not compile the backbones (no C++ compiler needed, slower)"},
+    )
+    train(options.work, options.steps, options.rate, options.loss, options.alpha, options.temperature, not options.eager)
+
+
+if __name__ == "__main__":
+    main()
