@@ -40,9 +40,11 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature <= 1e3:
+        if not (self.temperature == 0 or 1e-3 <= self.temperature <= 1e3):
             raise SamplingError(
-                f"{self.temperature} is not in 0..1000", "temperature", "0 is greedy, 1 is the model's own"
+                f"{self.temperature} is neither 0 nor in 0.001..1000",
+                "temperature",
+                "0 is greedy, 1 is the model's own",
             )
         if self.top_k < 0:
             raise SamplingError(f"{self.top_k} is negative", "top-k", "0 keeps all")
