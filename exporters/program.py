@@ -41,6 +41,23 @@ class Constant:
 
 
 @dataclass(frozen=True)
+class Inherited:
+    """Which quantised weights of the student stand in one matrix of the Program, stacked along its rows.
+
+    Attributes:
+        sources: module names of the student.
+        rows: rows of each.
+        columns, bits, block: K, bits per code, columns per block.
+    """
+
+    sources: tuple[str, ...]
+    rows: tuple[int, ...]
+    columns: int
+    bits: int
+    block: int
+
+
+@dataclass(frozen=True)
 class Program:
     """One entry point of a student as a graph.
 
@@ -50,7 +67,7 @@ class Program:
         inputs, outputs: the caller's tensors, in order; states are not among them.
         states: tensors that a session keeps, each an input and an output of the graph.
         constants: name in the graph's state -> how to load it.
-        inherited: prefix of constants -> the quantised tensors of the student they were packed from.
+        inherited: prefix of the constants codes, scales and zeros -> the student's tensors in them.
     """
 
     entry: str
@@ -59,14 +76,14 @@ class Program:
     outputs: tuple[TensorSpec, ...]
     states: tuple[StateSpec, ...] = ()
     constants: Mapping[str, Constant] = field(default_factory=dict)
-    inherited: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    inherited: Mapping[str, Inherited] = field(default_factory=dict)
 
 
 def capture(entry: str, module: torch.nn.Module, examples: tuple[torch.Tensor, ...],
             dynamic: Mapping[str, Mapping[int, str]], outputs: tuple[TensorSpec, ...],
             names: tuple[str, ...], states: tuple[StateSpec, ...] = (),
             constants: Mapping[str, Constant] | None = None,
-            inherited: Mapping[str, tuple[str, ...]] | None = None) -> Program:
+            inherited: Mapping[str, Inherited] | None = None) -> Program:
     """Traces ``module`` with torch.export.
 
     Args:

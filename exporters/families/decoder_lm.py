@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from exporters import ops, passes
 from exporters.blocks import PARTS, BlockLayout
 from exporters.errors import ExportError
 from exporters.families import modules
-from exporters.program import Constant, Program, capture
+from exporters.program import Constant, Inherited, Program, capture
 from runtimes.bundle import StateSpec, TensorSpec
 
 if TYPE_CHECKING:
@@ -96,15 +96,9 @@ class LanguageModel(nn.Module):
 # --- building -----------------------------------------------------------------------------------------------------
 
 
-def model_config(student: Student) -> PreTrainedConfig:
-    """The student's configuration as transformers' own class; checkpoint metadata apart from it is left out."""
-    fields = {k: v for k, v in student.config.items() if k not in ("quantization_config", "student_version")}
-    return AutoConfig.for_model(fields.pop("model_type"), **fields)
-
-
 def build_reference(student: Student) -> PreTrainedModel:
     """transformers' unmodified model in float32 with the student's dequantised weights: the parity reference."""
-    model = AutoModelForCausalLM.from_config(model_config(student), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(student.library_config(), dtype=torch.float32)
     state = {name: student.tensor(name).float() for name in student.tensors}
     for name, tensor in student.quantized.items():
         state[f"{name}.weight"] = torch.from_numpy(tensor.dequantize())
@@ -119,7 +113,7 @@ def capture_lm(student: Student, capacity: int) -> Program:
     Raises:
         UnsupportedModule: a module that the capture does not understand, by name.
     """
-    config = model_config(student)
+    config = student.library_config()
     fake = FakeTensorMode()
     with fake:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=_ATTENTION).eval()
@@ -154,7 +148,7 @@ class _Swap:
     def __init__(self, student: Student, capacity: int, fake: FakeTensorMode):
         self.student, self.capacity, self.fake = student, capacity, fake
         self.constants: dict[str, Constant] = {}
-        self.inherited: dict[str, tuple[str, ...]] = {}
+        self.inherited: dict[str, Inherited] = {}
 
     def _new(self, factory: Callable, *args, **kwargs):
         """Calls ``factory`` so that the tensors it makes take no memory."""
@@ -233,10 +227,15 @@ class _Swap:
         rows, columns = sum(t.shape[0] for t in tensors), tensors[0].shape[1]
         matrix = self._new(modules.QuantizedWeight, rows, columns, layout)
         for name, buffer in matrix.named_buffers():
-            parts = [Constant(_dtype(buffer), (t.shape[0], *buffer.shape[1:]), partial(PARTS[name], t)) for t in tensors]
+            parts = [Constant(_dtype(buffer), (t.shape[0], *buffer.shape[1:]), partial(self._part, name, source))
+                     for t, source in zip(tensors, sources)]
             self.constants[f"{path}.{name}"] = _concatenated(parts)
-        self.inherited[path] = tuple(sources)
+        self.inherited[path] = Inherited(tuple(sources), tuple(t.shape[0] for t in tensors), columns, layout.bits,
+                                         layout.block)
         return matrix
+
+    def _part(self, name: str, source: str) -> np.ndarray:
+        return PARTS[name](self.student.quantized[source])
 
     def _float(self, name: str) -> Constant:
         shape = tuple(self.student.tensors[name].shape)

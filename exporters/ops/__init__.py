@@ -1,5 +1,6 @@
 """The fused ops, one file each; importing this package registers them all in ``torch.ops.edge``."""
 from exporters.ops._registry import NAMESPACE, REGISTRY, FusedOp
+from exporters.ops.aten import aten_lowerings
 from exporters.ops.codebook_lookup import codebook_lookup
 from exporters.ops.kv_attention import kv_attention, rope_angles
 from exporters.ops.quantized_linear import quantized_embedding, quantized_linear
@@ -8,6 +9,6 @@ from exporters.ops.snake import snake
 from exporters.ops.swiglu import swiglu
 
 __all__ = [
-    "NAMESPACE", "REGISTRY", "FusedOp", "add_rms_norm", "codebook_lookup", "kv_attention", "quantized_embedding",
+    "NAMESPACE", "REGISTRY", "FusedOp", "add_rms_norm", "aten_lowerings", "codebook_lookup", "kv_attention", "quantized_embedding",
     "quantized_linear", "rms_norm", "rope_angles", "snake", "swiglu",
 ]

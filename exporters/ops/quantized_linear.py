@@ -41,7 +41,18 @@ def _lower_matmul_nbits(x, codes, scales, zeros, bias, bits, columns):
     )
 
 
-@fused_op({"onnx/fused": _lower_matmul_nbits})
+def _lower_dequantize(x, codes, scales, zeros, bias, bits, columns):
+    """DequantizeLinear in blocks; exporters/passes/type_codes.py then gives the packed codes their ONNX type."""
+    rows, blocks, width = codes.shape
+    block = width * 8 // bits
+    weight = onnx_ops.symbolic("::DequantizeLinear", [codes, scales, zeros], dict(axis=1, block_size=block),
+                               dtype=x.dtype, shape=(rows, blocks * block), version=23)
+    turned = weight[:, :columns].t() if blocks * block != columns else weight.t()
+    y = onnx_ops.symbolic("::MatMul", [x, turned], {}, dtype=x.dtype, shape=(*x.shape[:-1], rows), version=13)
+    return y if bias is None else y + bias
+
+
+@fused_op({"onnx/fused": _lower_matmul_nbits, "onnx/standard": _lower_dequantize})
 def quantized_linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None,
                      bits: int, columns: int) -> Tensor:
     """``x @ W.T + bias`` with x [..., K], W [N, K] dequantised from its codes; returns [..., N].

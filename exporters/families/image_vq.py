@@ -1,0 +1,71 @@
+"""diffusers' VQModel as ``image_encoder`` (image to codes) and ``image_decoder`` (codes to image)."""
+from __future__ import annotations
+
+import torch
+from diffusers import VQModel
+from torch import Tensor, nn
+
+from exporters import ops
+from exporters.families.folding import assert_equal, folded_table
+from exporters.program import Program, capture
+from runtimes.bundle import TensorSpec
+
+#: How far the folded lookup may be from the module's own, relative to its largest value: float32 rounding.
+FOLD_TOLERANCE = 1e-5
+
+
+class ImageDecoder(nn.Module):
+    """``forward(codes int32 [B, h, w]) -> image [B, C, H, W]``, normalised as the encoder's input."""
+
+    def __init__(self, model: VQModel):
+        super().__init__()
+        self.decoder, self.size = model.decoder, model.quantize.n_e
+        table = folded_table(model.quantize.embedding.weight, model.post_quant_conv.weight, model.post_quant_conv.bias)
+        self.register_buffer("table", table)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return self.decoder(ops.codebook_lookup(codes[:, None], self.table, self.size))
+
+
+class ImageEncoder(nn.Module):
+    """``forward(image [B, C, H, W]) -> codes int32 [B, h, w]``: the nearest entry of the codebook."""
+
+    def __init__(self, model: VQModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> Tensor:
+        latents = self.model.encode(image, return_dict=False)[0]
+        _, _, (_, _, codes) = self.model.quantize(latents)
+        return codes.reshape(latents.shape[0], latents.shape[2], latents.shape[3]).to(torch.int32)
+
+
+def reference_decode(model: VQModel, codes: Tensor) -> Tensor:
+    """The library's own way from codes to the image: the parity reference."""
+    shape = (*codes.shape, model.quantize.vq_embed_dim)
+    latents = model.quantize.get_codebook_entry(codes.reshape(-1).long(), shape)
+    return model.decode(latents, force_not_quantize=True, return_dict=False)[0]
+
+
+def capture_image(model: VQModel, grid: tuple[int, int], size: tuple[int, int]) -> tuple[Program, Program]:
+    """Captures (decoder, encoder), both with a dynamic batch.
+
+    Args:
+        grid: codes per image (rows, columns).
+        size: pixels per image (height, width).
+    """
+    decoder = ImageDecoder(model).eval()
+    codes = torch.arange(2 * grid[0] * grid[1], dtype=torch.int32).reshape(2, *grid) % model.quantize.n_e
+    with torch.no_grad():
+        assert_equal("image_decoder", decoder(codes), reference_decode(model, codes), FOLD_TOLERANCE)
+    channels_out, channels_in = model.config.out_channels, model.config.in_channels
+    decoding = capture(
+        "image_decoder", decoder, (codes,), {"codes": {0: "B"}},
+        outputs=(TensorSpec("image", "float32", ("B", channels_out, *size)),), names=("codes",),
+    )
+    image = torch.zeros(2, channels_in, *size)
+    encoding = capture(
+        "image_encoder", ImageEncoder(model).eval(), (image,), {"image": {0: "B"}},
+        outputs=(TensorSpec("codes", "int32", ("B", *grid)),), names=("image",),
+    )
+    return decoding, encoding

@@ -1,0 +1,164 @@
+"""The ONNX backend: Program to ``.onnx`` files that share one external weight file per component.
+
+Forms of the language model:
+    fused/exact     contrib ops of ONNX Runtime, float32 activations: the inherited arithmetic
+    fused/fast      the same graph and weights with int8 activations inside MatMulNBits (its accuracy level 4)
+    standard/exact  opset 24 without contrib ops, for every other ONNX runtime
+The discretizers need no contrib op, so they have the standard form alone.
+"""
+from __future__ import annotations
+
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+import torch
+from torch.export import ExportedProgram
+
+from exporters import ops
+from exporters.external_data import WeightFile
+from exporters.passes import model_passes
+from exporters.passes.context import Context, ModelPass
+from exporters.program import Program
+from runtimes.bundle import Artifact
+
+if TYPE_CHECKING:
+    from device_profiles import Profile
+
+logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns about torchvision, which nothing here uses
+
+
+@dataclass(frozen=True)
+class Form:
+    """How one form is made.
+
+    Attributes:
+        target: key of the lowerings in ``exporters/ops``.
+        opset: version of the standard operator set.
+        passes: what the model goes through after lowering, in order.
+    """
+
+    target: str
+    opset: int
+    passes: tuple[ModelPass, ...]
+
+
+#: (form, mode) -> how it is made. Every list begins with what all models need.
+FORMS: Mapping[tuple[str, str], Form] = {
+    ("fused", "exact"): Form("onnx/fused", 23, model_passes.FUSED),
+    ("fused", "fast"): Form("onnx/fused", 23, model_passes.FUSED_FAST),
+    ("standard", "exact"): Form("onnx/standard", 24, model_passes.STANDARD),
+}
+
+
+class OnnxExporter:
+    """Exporter protocol for ONNX; every form passes through the same lines."""
+
+    name = "onnx"
+
+    def forms(self, program: Program) -> tuple[tuple[str, str], ...]:
+        """The (form, mode) pairs that make sense for a program."""
+        if program.entry != "lm":
+            return (("standard", "exact"),)
+        if not program.inherited:  # float weights: int8 activations have nothing to multiply
+            return (("fused", "exact"), ("standard", "exact"))
+        return tuple(FORMS)
+
+    def unsupported(self, program: Program, profile: Profile, form: tuple[str, str]) -> list[str]:
+        """Reasons why ``form`` cannot be made for ``profile``, each naming the node or the field; [] if it can."""
+        wanted = FORMS[form]
+        reasons = []
+        if profile.onnx_opset is not None and wanted.opset > profile.onnx_opset:
+            reasons.append(f"{program.entry}: {'/'.join(form)} needs opset {wanted.opset}, the profile has "
+                           f"{profile.onnx_opset}")
+        for node in program.exported.graph.nodes:
+            namespace = getattr(node.target, "namespace", "aten")
+            if node.op == "call_function" and namespace not in ("aten", ops.NAMESPACE, "_operator"):
+                reasons.append(f"{program.entry}: node {node.name} calls {node.target}, which has no ONNX form")
+        return reasons
+
+    def export(self, program: Program, out: Path, forms: Iterable[tuple[str, str]], progress=None) -> tuple[Artifact, ...]:
+        """Writes ``out``/onnx/<entry>.<form>.<mode>.onnx for each form, and one weight file for all of them.
+
+        Args:
+            progress: called with the bytes of each weight as it is written.
+        """
+        folder = out / "onnx"
+        folder.mkdir(parents=True, exist_ok=True)
+        written = []
+        with WeightFile(folder / f"{program.entry}.data", progress) as weights:
+            for form, mode in forms:
+                recipe = FORMS[form, mode]
+                model = lower(program, recipe)
+                weights.adopt(model)
+                path = folder / f"{program.entry}.{form}.{mode}.onnx"
+                ir.save(model, path)
+                written.append(_artifact(program, form, mode, model, path, weights.path, out))
+        return tuple(written)
+
+
+def lower(program: Program, recipe: Form) -> ir.Model:
+    """The program as an ONNX model whose large initializers are still to be loaded."""
+    table = {op.overload: op.decomposition(recipe.target) for op in ops.REGISTRY.values()}
+    table |= ops.aten_lowerings(recipe.target)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore", FutureWarning)  # raised inside torch by its own use of pytree
+        decomposed = program.exported.run_decompositions(table)
+        model = torch.onnx.export(
+            decomposed, dynamo=True, opset_version=recipe.opset, optimize=False, verbose=False,
+            input_names=[spec.name for spec in program.inputs] + [state.input for state in program.states],
+            output_names=[spec.name for spec in program.outputs] + [state.output for state in program.states],
+        ).model
+    context = Context(program, _origins(decomposed))
+    for edit in recipe.passes:
+        edit(model, context)
+    return model
+
+
+def _origins(decomposed: ExportedProgram) -> dict[str, str]:
+    """Name of a decomposed node -> name of the Program's node that it came from."""
+    origins = {}
+    for node in decomposed.graph.nodes:
+        if sources := node.meta.get("from_node"):
+            origins[node.name] = sources[-1].name
+    return origins
+
+
+def _artifact(program: Program, form: str, mode: str, model: ir.Model, path: Path, data: Path, out: Path) -> Artifact:
+    relative = [p.relative_to(out).as_posix() for p in (path, data)]
+    return Artifact(
+        component=program.entry, backend=OnnxExporter.name, form=form, mode=mode, model=relative[0],
+        files=tuple(relative), inputs=program.inputs, outputs=program.outputs, states=program.states,
+        precision=_precision(program, mode), bytes_per_token=bytes_per_token(program),
+        operators=dict(sorted(Counter(node.op_type for node in model.graph).items())), preferred=False,
+    )
+
+
+def _precision(program: Program, mode: str) -> dict[str, str]:
+    weights = sorted({f"int{matrix.bits} in blocks of {matrix.block}" for matrix in program.inherited.values()})
+    return {"weights": ", ".join(weights) or "float32",
+            "activations": "int8 per block" if mode == "fast" else "float32"}
+
+
+def bytes_per_token(program: Program) -> int | None:
+    """Bytes that one decode step must read: every weight once, and half of the KV cache, its average fill.
+
+    A table that is only looked up counts as nothing; a tied one is read whole by the head.
+    """
+    if program.entry != "lm":
+        return None
+    weights = sum(constant.nbytes for constant in program.constants.values())
+    state = sum(_state_bytes(spec.shape) for spec in program.states)
+    return weights + state // 2
+
+
+def _state_bytes(shape: tuple[int, ...]) -> int:
+    size = 4
+    for dimension in shape:
+        size *= dimension
+    return size

@@ -1,0 +1,65 @@
+"""Gives packed codes their ONNX type, so that DequantizeLinear can take them.
+
+Given:  DequantizeLinear(codes uint8 [N, nb, w], scales [N, nb], zeros uint8 [N, p] or none) {block_size}
+Result: DequantizeLinear(codes UINT4 [N, nb*block], scales [N, nb], zeros UINT4 [N, nb])    (UINT8 for 8 bit)
+
+The bytes of the codes stay as they are: ONNX packs UINT4 low nibble first in row-major order, as MatMulNBits does.
+"""
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import onnx_ir as ir
+
+from exporters.blocks import pack_bits, unpack_bits
+from exporters.passes.context import Context
+
+TYPES = {4: ir.DataType.UINT4, 8: ir.DataType.UINT8}
+
+
+def type_codes(model: ir.Model, context: Context) -> None:
+    """Edits ``model`` in place."""
+    for node in list(model.graph):
+        if node.op_type != "DequantizeLinear":
+            continue
+        codes, scales, zeros = (*node.inputs, None)[:3]
+        block = node.attributes["block_size"].as_int()
+        rows, blocks, width = codes.const_value.shape
+        bits = 8 * width // block
+        node.replace_input_with(0, _initializer(
+            model, f"{codes.name}.typed", partial(codes.const_value.tobytes), bits, (rows, blocks * block)))
+        source = None if zeros is None else zeros.const_value
+        load = partial(_zero_points, source, bits, rows, blocks)
+        typed = _initializer(model, f"{scales.name.removesuffix('scales')}zeros.typed", load, bits, (rows, blocks))
+        node.resize_inputs(3)
+        node.replace_input_with(2, typed)
+    for name, value in list(model.graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output():
+            del model.graph.initializers[name]
+
+
+def _initializer(model: ir.Model, name: str, load, bits: int, shape: tuple[int, int]) -> ir.Value:
+    if name in model.graph.initializers:
+        return model.graph.initializers[name]
+    dtype = TYPES[bits]
+    tensor = ir.LazyTensor(partial(_packed, load, bits, dtype, shape, name), dtype=dtype, shape=ir.Shape(shape), name=name)
+    value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(dtype), const_value=tensor)
+    model.graph.register_initializer(value)
+    return value
+
+
+def _packed(load, bits: int, dtype: ir.DataType, shape: tuple[int, int], name: str) -> ir.TensorProtocol:
+    data = np.frombuffer(load(), np.uint8)
+    if bits == 8:
+        return ir.Tensor(data.reshape(shape), name=name)
+    return ir.PackedTensor(data, dtype, shape=ir.Shape(shape), name=name)
+
+
+def _zero_points(packed: ir.TensorProtocol | None, bits: int, rows: int, blocks: int) -> bytes:
+    """Zero points of all blocks, contiguous; a symmetric weight has 2^(bits-1) everywhere."""
+    if packed is None:
+        values = np.full((rows, blocks), 2 ** (bits - 1), np.uint8)
+    else:
+        values = unpack_bits(packed.numpy(), bits, blocks)
+    return pack_bits(values.reshape(1, -1), bits).tobytes()

@@ -1,0 +1,139 @@
+"""ONNX Runtime behind the Session protocol.
+
+A language model's states live in buffers made once and bound as both input and output of the graph, so the runtime
+writes the KV cache in place. For a decode step every other tensor is bound once as well: a step is one call.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from runtimes.errors import Fault
+from runtimes.session import Array, CheckedSession, Limits, OutOfDeviceMemory, limits_of
+
+if TYPE_CHECKING:
+    from runtimes.bundle import Artifact, Bundle
+
+_PROVIDERS = ["CPUExecutionProvider"]
+_OUT_OF_MEMORY = ("bad_alloc", "bad allocation", "Failed to allocate memory")
+
+
+class IncompatibleModel(Fault):
+    """This version of ONNX Runtime cannot load the model."""
+
+
+class OnnxRuntimeSession(CheckedSession):
+    """One ONNX model on the CPU. Use `open`; the arguments are those of CheckedSession and a loaded session."""
+
+    def __init__(self, session: Any, artifact: Artifact, limits: Limits, *, timing: bool = False) -> None:
+        super().__init__(artifact, limits, timing=timing)
+        self._session = session
+        self._outputs = [spec.name for spec in artifact.outputs]
+        self._states: list[tuple[str, str, Any]] = []
+        if artifact.states:
+            self._bind_states()
+
+    @classmethod
+    def open(cls, bundle: Bundle, artifact: Artifact, *, threads: int | None = None, timing: bool = False) -> Self:
+        """Loads the model. `threads` None lets ONNX Runtime use every core.
+
+        Raises IncompatibleModel naming the versions, OutOfDeviceMemory.
+        """
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.inter_op_num_threads = 1
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        # Otherwise the optimiser turns DequantizeLinear + MatMul into int8 activations by itself (level 4).
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4" if artifact.mode == "fast" else "1")
+        with _translated(f"{artifact.component} ({artifact.label})", loading=True):
+            session = onnxruntime.InferenceSession(str(bundle.file(artifact.model)), options, providers=_PROVIDERS)
+        return cls(session, artifact, limits_of(bundle, artifact), timing=timing)
+
+    def _bind_states(self) -> None:
+        import onnxruntime
+
+        value = onnxruntime.OrtValue.ortvalue_from_numpy
+        for state in self.artifact.states:
+            self._states.append((state.input, state.output, value(np.zeros(state.shape, state.dtype))))
+        # Everything a decode step touches is bound once; new values are written into these buffers.
+        self._fixed = {spec.name: np.zeros(spec.shape, spec.dtype) for spec in self.artifact.outputs}
+        self._token = np.zeros((1, 1), np.int32)
+        self._decode = self._binding({"ids": self._token, "last": self._last})
+
+    def _binding(self, feeds: dict[str, Array]) -> Any:
+        binding = self._session.io_binding()
+        for name, array in feeds.items():
+            binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        for name, array in self._fixed.items():
+            binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        for source, target, value in self._states:
+            binding.bind_ortvalue_input(source, value)
+            binding.bind_ortvalue_output(target, value)
+        return binding
+
+    def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:
+        if not self._states:
+            return self._stateless(feeds)
+        ids = feeds["ids"]
+        if ids.size == 1:
+            self._token[0, 0] = ids[0, 0]
+            binding = self._decode
+        else:
+            binding = self._binding(feeds)
+        start = time.perf_counter() if self.timing else 0.0
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:
+            raise _fault(error, self._where, loading=False) from error
+        if self.timing:
+            self.last_run_seconds = time.perf_counter() - start
+        return self._fixed
+
+    def _stateless(self, feeds: dict[str, Array]) -> dict[str, Array]:
+        start = time.perf_counter() if self.timing else 0.0
+        with _translated(self._where, loading=False):
+            results = self._session.run(self._outputs, feeds)
+        if self.timing:
+            self.last_run_seconds = time.perf_counter() - start
+        return dict(zip(self._outputs, results, strict=True))
+
+    def _reset(self) -> None:
+        """Nothing to clear: slots beyond the position are never read, and a position's slot is written before use."""
+
+    def _close(self) -> None:
+        self._session = None
+        self._states = []
+        self._decode = None
+
+
+@contextmanager
+def _translated(where: str, *, loading: bool) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise _fault(error, where, loading=loading) from error
+
+
+def _fault(error: Exception, where: str, *, loading: bool) -> Exception:
+    """ONNX Runtime's exception as a typed one; what is not from the vendor passes through."""
+    import onnxruntime
+
+    text = str(error)
+    if not type(error).__module__.startswith("onnxruntime"):
+        return error
+    if any(sign in text for sign in _OUT_OF_MEMORY):
+        return OutOfDeviceMemory(text, where, "Use a shorter context or a smaller batch")
+    if loading:
+        version = onnxruntime.__version__
+        return IncompatibleModel(
+            f"ONNX Runtime {version} cannot load it: {text}", where, "Install the version that the manifest names"
+        )
+    return Fault(text, where)
