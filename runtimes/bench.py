@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,8 @@ from runtimes.errors import Fault
 from runtimes.golden import load_lm
 from runtimes.host import environment, usable_cores
 from runtimes.loadgen import SCENARIOS, LoadGenResult, run_loadgen
-from runtimes.measure import Effort, Figure, Measurement
-from runtimes.parity import Selection
+from runtimes.measure import USUAL, Effort, Figure, Measurement
+from runtimes.parity import ALL, Selection
 from runtimes.report import Latency, Report, print_report, read_report, write_report
 from runtimes.session import choose_artifact, open_session
 
@@ -145,18 +145,26 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def bench_and_report(bundle: Bundle, selection: Selection = ALL, effort: Effort = USUAL) -> list[Latency]:
+    """Measures, and merges the rows into the bundle's report. Raises BenchError, ReportError, BundleError."""
+    report = read_report(bundle.folder)
+    rows, measured_on = bench(bundle, selection, effort)
+    write_report(bundle.folder, report.merged(latency=rows, environment=measured_on))
+    return rows
+
+
 def run(options: argparse.Namespace) -> int:
     """Measures, prints and reports."""
     bundle = open_bundle(options.bundle)
     selection = Selection(options.component, options.backend, options.form, options.mode, options.threads)
-    report = read_report(bundle.folder)
     effort = Effort(options.threads, options.steps, options.repeats, options.soak)
+    report = Report() if options.no_report else read_report(bundle.folder)
     rows, measured_on = bench(bundle, selection, effort)
     if options.loadgen:
         rows += bench_loadgen(bundle, selection, options.loadgen_seconds)
     if not options.no_report:
         write_report(bundle.folder, report.merged(latency=rows, environment=measured_on))
-    print_report(replace(Report(), latency=tuple(rows)))
+    print_report(Report(latency=tuple(rows)))
     return 0
 
 

@@ -35,6 +35,9 @@ class Effort:
     soak: int = 0
 
 
+USUAL = Effort()
+
+
 @dataclass(frozen=True)
 class Figure:
     """One measured value; `where` says on what."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -20,7 +21,7 @@ from runtimes.errors import Fault
 from runtimes.gates import INHERITANCE, LOSS, Limit, export_gate, export_limits, is_quantised, judge, loss_limits
 from runtimes.golden import GoldenError, load_lm
 from runtimes.host import environment
-from runtimes.report import Result, print_report, read_report, write_report
+from runtimes.report import Report, Result, print_report, read_report, write_report
 from runtimes.session import BackendUnavailable, open_session
 
 
@@ -126,23 +127,25 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def check_and_report(bundle: Bundle, selection: Selection = ALL) -> list[Result]:
+    """Checks, and merges the rows into the bundle's report. Raises what `check` does, ReportError, BundleError."""
+    report = read_report(bundle.folder)
+    results = check(bundle, selection)
+    write_report(bundle.folder, report.merged(results=results, environment=environment()))
+    return results
+
+
 def run(options: argparse.Namespace) -> int:
     """Checks, prints and reports. Exit status 1 when a gate fails."""
     bundle = open_bundle(options.bundle)
     selection = Selection(
         options.component, options.backend, options.form, options.mode, options.threads, options.stand_in
     )
-    report = read_report(bundle.folder)
-    results = check(bundle, selection)
-    fresh = report.merged(results=results, environment=environment())
-    if not options.no_report:
-        write_report(bundle.folder, fresh)
-    print_report(replace(fresh, results=tuple(results), latency=()))
-    failed = [row for row in results if row.status == "failed"]
-    print(
-        f"{len(results) - len(failed)} of {len(results)} gates hold" + ("" if not failed else f", {len(failed)} fail")
-    )
-    return 1 if failed else 0
+    results = check(bundle, selection) if options.no_report else check_and_report(bundle, selection)
+    print_report(Report(results=tuple(results)))
+    count = Counter(row.status for row in results)
+    print(f"{bundle.folder}: " + ", ".join(f"{count[status]} {status}" for status in sorted(count)))
+    return 1 if count["failed"] else 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
