@@ -30,7 +30,7 @@ def list_profiles() -> tuple[str, ...]:
 
 def load_profile(name: str) -> Profile:
     """The profile of that name. Raises ProfileError for a name that is not listed, or a file that is not sound."""
-    if not _NAME.fullmatch(name):
+    if len(name) > 64 or not _NAME.fullmatch(name):
         way_out = f"Names are lower-case words with hyphens, never paths. There are: {', '.join(list_profiles())}."
         raise ProfileError("is not the name of a profile", f"profile {name[:80]!r}", way_out)
     if name not in list_profiles():

@@ -4,7 +4,7 @@ The crash rule: build in a sibling temporary folder; sync files; hash; write the
 rename; sync the parent. A folder cannot be renamed over one that holds files, so an existing bundle is exchanged with
 the new one in a single step (Linux renameat2, RENAME_EXCHANGE). Where the system has no such call there are two
 renames, the old bundle aside and the new one in; a crash between them leaves `.NAME.old` beside the output, and
-`recover`, which every open and every build calls first, puts it back.
+the next open or build puts it back.
 
 While a builder works it holds a lock on `.NAME.lock`. Whatever other temporary folders of that output are there
 under the lock belong to builders that died, and are removed.
@@ -92,7 +92,14 @@ def _temporary(output: Path) -> Path:
 
 
 def _clean(output: Path) -> None:
-    """Under the lock: removes the temporary folders that dead builders left."""
+    """Under the lock: puts back or removes what builders left that died."""
+    old = _beside(output, "old")
+    if old.is_dir():
+        if output.exists():
+            _discard(old, output)
+        else:
+            os.rename(old, output)
+            sync(output.parent)
     temporary = re.compile(re.escape(f".{output.name}.tmp-") + r"\d+-[0-9a-f]{8}")
     for entry in os.scandir(output.parent):
         if temporary.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
@@ -115,13 +122,10 @@ def _exchange(new: Path, output: Path) -> bool:
 def recover(output: str | os.PathLike[str]) -> None:
     """Puts the old bundle back when a crash fell between the two renames of a system without an exchange."""
     path = Path(os.path.realpath(output))
-    old = _beside(path, "old")
-    if path.exists() or not old.is_dir():
-        return
-    with storage_errors(path), _locked(path):
-        if not path.exists() and old.is_dir():
-            os.rename(old, path)
-            sync(path.parent)
+    with storage_errors(path):
+        if not path.exists() and _beside(path, "old").is_dir():
+            with _locked(path):
+                _clean(path)
 
 
 def _swap(new: Path, output: Path, progress: Progress, exchange: bool) -> None:
@@ -184,7 +188,6 @@ def staged(
     `exchange=False` takes the two renames even where the system can exchange folders.
     """
     target = Path(os.path.realpath(output))
-    recover(target)
     with storage_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         progress("lock", 0)
