@@ -170,20 +170,30 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def print_report(report: Report) -> None:
-    """The tables on the console."""
+    """The tables on the console, without the columns that only a file has room for; below them, each row that is not
+    plainly good with its `where` (report.md has them all)."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     console = Console()
-    tables = (
+    tables: tuple[tuple[str, tuple[str, ...], list[tuple[tuple[str, ...], str]]], ...] = (
         ("Results", RESULT_COLUMNS, [(result_cells(row), row.status) for row in report.results]),
         ("Latency", LATENCY_COLUMNS, [(latency_cells(row), row.status) for row in report.latency]),
     )
     for title, columns, rows in tables:
         if not rows:
             continue
-        table = Table(*columns, title=title, title_justify="left")
+        shown = [i for i, column in enumerate(columns) if column not in ("limit from", "where")]
+        table = Table(*(columns[i] for i in shown), title=title, title_justify="left")
         for cells, status in rows:
-            table.add_row(*map(escape, cells), style=_STYLE.get(status))
+            table.add_row(*(escape(cells[i]) for i in shown), style=_STYLE.get(status))
         console.print(table)
+        notes = dict.fromkeys(
+            f"{status}: {cells[0]} {cells[1]}: {cells[-1]}" for cells, status in rows if status in _NOTED
+        )
+        for note in notes:
+            console.print(escape(note))
+
+
+_NOTED = ("failed", "pending-device", "invalid")

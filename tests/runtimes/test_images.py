@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,14 +23,14 @@ def picture(height: int, width: int, channels: int = 1) -> np.ndarray:
     return values.astype(np.uint8)
 
 
-def save(path: Path, pixels: np.ndarray, **options: object) -> Path:
+def save(path: Path, pixels: np.ndarray, **options: Any) -> Path:
     Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(path, **options)
     return path
 
 
 @pytest.mark.parametrize(("constants", "channels"), [(GREY, 1), (COLOUR, 3)])
 def test_round_trip_is_exact(tmp_path: Path, constants: dict, channels: int) -> None:
-    pixels = picture(*constants["size"], channels)
+    pixels = picture(constants["size"][0], constants["size"][1], channels)
     tensor = read_image(save(tmp_path / "in.png", pixels), constants)
     assert tensor.shape == (1, channels, *constants["size"])
     assert tensor.dtype == np.float32
