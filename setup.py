@@ -47,7 +47,7 @@ EXTRAS = {
     "coreml": ["coremltools"],
     "tensorrt": ["tensorrt_rtx"],
     "loadgen": ["mlcommons_loadgen"],
-    "dev": ["hypothesis", "mypy", "psutil", "pytest", "ruff"],
+    "dev": ["hypothesis", "mypy", "pytest", "ruff", "scipy"],
 }
 
 setup(

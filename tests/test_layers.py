@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,22 @@ def test_setup_names_every_package() -> None:
         for file in (ROOT / layer).rglob("__init__.py")
     ]
     assert sorted(named) == sorted(there)
+
+
+def test_setup_requires_everything_that_is_imported() -> None:
+    strings = {
+        node.value for node in ast.walk(ast.parse((ROOT / "setup.py").read_text())) if isinstance(node, ast.Constant)
+    }
+    required = {text.lower().replace("_", "-") for text in strings if isinstance(text, str)}
+    # Extras need not be installed where the tests run, so their distributions are named here.
+    distributions = {**packages_distributions(), "mlperf_loadgen": ["mlcommons-loadgen"], "tvm": ["apache-tvm"]}
+    missing = set()
+    for item in (item for package in LAYERS for item in all_imports(package)):
+        if item.top not in sys.stdlib_module_names and item.top not in LAYERS:
+            names = {name.lower().replace("_", "-") for name in distributions.get(item.top, [item.top])}
+            if not names & required:
+                missing.add(str(item))
+    assert sorted(missing) == []
 
 
 BLOCKER = """
