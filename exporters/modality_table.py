@@ -93,7 +93,7 @@ def modality_table(
     if ordered[-1].end > vocab_size:
         raise PackageError(
             f"the token range of {ordered[-1].name} ends at {ordered[-1].end}, past vocab_size {vocab_size}",
-            where=f"{folder / MANIFEST}: modalities",
+            where=f"{folder / MANIFEST}: modalities.{ordered[-1].name}",
             way_out="Correct the range, or vocab_size in config.json",
         )
     return result

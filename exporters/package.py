@@ -34,6 +34,7 @@ from typing import Any
 from exporters.errors import PackageError
 from exporters.modality_table import Modality, modality_table
 from exporters.package_schema import MANIFEST, FileModel, Manifest, parse_manifest
+from exporters.remote_code import refuse_remote_code
 from exporters.safe_files import (
     FileEntry,
     check_regular,
@@ -134,6 +135,14 @@ def _check_versions(folder: Path, version: str, files: Mapping[str, Any]) -> Non
             )
 
 
+def _read_config(folder: Path, prefix: str, files: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json, once neither it nor the files beside it ask to run code."""
+    for name in ("config.json", "generation_config.json", f"{prefix}tokenizer_config.json"):
+        if name in files:
+            refuse_remote_code(read_json(folder / name), name)
+    return read_json(folder / "config.json")
+
+
 def _vocab_size(config: Mapping[str, Any], where: str) -> int:
     size = config.get("vocab_size")
     if isinstance(size, bool) or not isinstance(size, int) or not 0 < size <= 1 << 24:
@@ -153,8 +162,8 @@ def _validate_plain(folder: Path) -> Package:
         check_regular(path.lstat(), path)
         refuse_lfs_pointer(path)
     files = {name: hash_file(path) for name, path in names.items()}
-    config = read_json(folder / "config.json")
-    size = _vocab_size(config, str(folder / "config.json"))
+    config = _read_config(folder, "", files)
+    size = _vocab_size(config, "config.json")
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name).strip("-._") or "student"
     text = {"text": Modality("text", 0, size)}
     return Package(folder, name, "0.0.0", "unknown", text, files, hash_whole(files), True, config)
@@ -185,7 +194,7 @@ def _checked(folder: Path, manifest: Manifest, files: Mapping[str, FileEntry]) -
     if missing := [name for name in _REQUIRED if name not in files]:
         raise PackageError(f"{', '.join(missing)} missing", where=str(folder), way_out="Add what the format asks for")
     _check_versions(folder, manifest.version, files)
-    config = read_json(folder / "config.json")
+    config = _read_config(folder, "tokenizer/", files)
     size = _vocab_size(config, "config.json")
     modalities = modality_table(folder, manifest.modalities, size, files)
     return Package(

@@ -222,6 +222,9 @@ def load_student(folder: str | Path) -> Student:
     quantized = QuantizedTensors(checkpoint, schemes, shapes)
     for module in quantized:
         quantized[module]
+    files = dict(package.files)
+    if not package.plain:
+        files[MANIFEST] = hash_file(package.folder / MANIFEST)
     return Student(
         folder=package.folder,
         name=package.name,
@@ -235,6 +238,6 @@ def load_student(folder: str | Path) -> Student:
         tied=MappingProxyType(dict(expected.tied)),
         tokenizer=tokenizer,
         special=special,
-        files=package.files,
+        files=MappingProxyType(files),
         checkpoint=checkpoint,
     )
