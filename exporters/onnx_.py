@@ -4,7 +4,7 @@ Forms of the language model:
     fused/exact     contrib ops of ONNX Runtime, float32 activations: the inherited arithmetic
     fused/fast      the same graph and weights with int8 activations inside MatMulNBits (its accuracy level 4)
     standard/exact  opset 24 without contrib ops, for every other ONNX runtime
-The discretizers need no contrib op, so they have the standard form alone.
+The discretizers have the two exact forms.
 """
 from __future__ import annotations
 
@@ -63,11 +63,8 @@ class OnnxExporter:
 
     def forms(self, program: Program) -> tuple[tuple[str, str], ...]:
         """The (form, mode) pairs that make sense for a program."""
-        if program.entry != "lm":
-            return (("standard", "exact"),)
-        if not program.inherited:  # float weights: int8 activations have nothing to multiply
-            return (("fused", "exact"), ("standard", "exact"))
-        return tuple(FORMS)
+        # Without quantised weights int8 activations have nothing to multiply.
+        return tuple(key for key in FORMS if key[1] == "exact" or program.inherited)
 
     def unsupported(self, program: Program, profile: Profile, form: tuple[str, str]) -> list[str]:
         """Reasons why ``form`` cannot be made for ``profile``, each naming the node or the field; [] if it can."""

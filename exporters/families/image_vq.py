@@ -47,6 +47,11 @@ def reference_decode(model: VQModel, codes: Tensor) -> Tensor:
     return model.decode(latents, force_not_quantize=True, return_dict=False)[0]
 
 
+def reference_encode(model: VQModel, image: Tensor) -> Tensor:
+    """The library's own way from the image to codes int32 [B, h, w]."""
+    return ImageEncoder(model)(image)
+
+
 def capture_image(model: VQModel, grid: tuple[int, int], size: tuple[int, int]) -> tuple[Program, Program]:
     """Captures (decoder, encoder), both with a dynamic batch.
 

@@ -1,0 +1,234 @@
+"""Turns a delivery package into a verified bundle for a device.
+
+    python -m exporters.build --profile host
+    python -m exporters.build --profile jetson-orin --package my-student/ --output bundles/orin
+
+The student is captured once, lowered to what each backend of the profile runs fastest, checked against PyTorch on
+golden inputs, measured where this machine is the device, and published as one atomic folder. Without --package the
+shipped reference student is built. A second build with nothing changed reuses the first.
+"""
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from device_profiles import Profile, ProfileError, list_profiles, load_profile
+from exporters import console
+from exporters.contents import build_key
+from exporters.errors import ExportError
+from exporters.package import validate
+from exporters.reference import VARIANTS, assemble
+from runtimes.bench import USUAL, bench
+from runtimes.bundle import Bundle, load_bundle, staged
+from runtimes.errors import Fault
+from runtimes.parity import Selection, check
+from runtimes.report import Report, print_report, read_report, write_report
+
+DEFAULT_OUTPUT = Path("bundles")
+#: The profile of the machine that builds.
+HOST = "host"
+
+Progress = Callable[[str, int], None]
+
+
+def quiet(stage: str, size: int) -> None:
+    """The progress callback of a caller that wants none."""
+
+
+
+@dataclass(frozen=True)
+class Request:
+    """One build.
+
+    Attributes:
+        package: folder of the student; floating: folder of its float twin, for the quantisation-loss gate.
+        backends: those to make, or None for all that the profile names.
+        context: KV capacity in tokens; None takes the smaller of the student's and the profile's.
+        bench: measure latency, where this machine is the profile's device.
+        allow_failed: publish although a gate failed; the report says which.
+    """
+
+    profile: Profile
+    package: Path
+    floating: Path | None
+    output: Path
+    backends: tuple[str, ...] | None = None
+    context: int | None = None
+    bench: bool = True
+    allow_failed: bool = False
+    allow_downgrade: bool = False
+
+
+class GateFailed(ExportError):
+    """An artifact does not do what the student does; ``report`` holds every row."""
+
+    def __init__(self, report: Report, output: Path) -> None:
+        self.report = report
+        first = report.failed[0]
+        super().__init__(
+            f"{len(report.failed)} of {len(report.results)} gates fail, the first: {first.gate} {first.metric} = "
+            f"{first.value} against {first.limit} ({first.where})",
+            where=f"{first.component} {first.backend}/{first.form}/{first.mode}",
+            way_out=f"Nothing was published at {output}; --allow-failed publishes it with its report.")
+
+
+def build(request: Request, progress: Progress = quiet) -> tuple[Bundle, Report, bool]:
+    """Builds, or finds built; returns the bundle, its report and whether it was reused.
+
+    Args:
+        progress: called with the name of each stage and with the bytes it writes.
+
+    Raises:
+        ExportError, ProfileError, Fault: what is wrong with the input, the device or the disk.
+        GateFailed: a gate failed and nothing was published.
+    """
+    progress("check packages", 0)
+    key = _key(request)
+    if (reused := _reusable(request, key)) is not None:
+        return reused, read_report(reused.folder), True
+    from exporters import stages  # torch and transformers load here: a reused build does without them
+
+    with staged(request.output, allow_downgrade=request.allow_downgrade, progress=progress) as folder:
+        planned = stages.plan(request.package, request.floating, request.profile, request.backends, request.context,
+                              progress)
+        artifacts = stages.export(planned, folder, progress)
+        inherited = stages.read_back(planned, artifacts, folder, progress)
+        golden_files, noise = stages.write_golden(planned, folder, progress)
+        bundle = stages.finish(planned, request.profile, key, artifacts, golden_files, noise, inherited, folder,
+                               progress)
+        report = _measure(bundle, request, progress)
+        write_report(folder, report)
+        if report.failed and not request.allow_failed:
+            raise GateFailed(report, request.output)
+    return load_bundle(request.output), report, False
+
+
+def _measure(bundle: Bundle, request: Request, progress: Progress) -> Report:
+    """Parity of every artifact, and latency where this machine is the device of the profile."""
+    at_home = request.profile.name == HOST
+    stand_in = None if at_home else f"{load_profile(HOST).soc}, not {request.profile.device}"
+    selection = Selection(stand_in=stand_in)
+    progress("parity", 0)
+    report = Report().merged(results=check(bundle, selection))
+    if at_home and request.bench:
+        progress("latency", 0)
+        rows, environment = bench(bundle, selection, USUAL)
+        return report.merged(latency=rows, environment=environment)
+    return report
+
+
+def _key(request: Request) -> str:
+    packages = [validate(folder).sha256 for folder in (request.package, request.floating) if folder is not None]
+    options = {"backends": request.backends, "context": request.context, "bench": request.bench}
+    return build_key(packages, request.profile, options)
+
+
+def _reusable(request: Request, key: str) -> Bundle | None:
+    """The bundle at the output, if it was made from the same input, is intact, and every gate held."""
+    try:
+        bundle = load_bundle(request.output)
+        if bundle.build_key != key:
+            return None
+        bundle.verify()
+        report = read_report(bundle.folder)
+    except Fault:
+        return None
+    return bundle if report.results and not report.failed else None
+
+
+@contextmanager
+def _students(options: argparse.Namespace) -> Iterator[tuple[Path, Path | None]]:
+    """(package, float package): the given ones, or the reference student unpacked for the time of the build."""
+    if options.package is not None:
+        yield options.package, options.float_package
+        return
+    with tempfile.TemporaryDirectory(prefix="reference-student-") as folder:
+        package = assemble(options.variant, Path(folder) / "student")
+        floating = options.float_package
+        if floating is None and options.variant != "float":
+            floating = assemble("float", Path(folder) / "float")
+        yield package, floating
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; see --help."""
+    parser = argparse.ArgumentParser(prog="python -m exporters.build", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--profile", metavar="NAME", help="the device; --list-profiles names them")
+    add("--package", type=Path, metavar="DIR", help="delivery package or transformers checkpoint folder")
+    add("--variant", choices=VARIANTS, default="int4", help="of the reference student, without --package (%(default)s)")
+    add("--float-package", type=Path, metavar="DIR", help="the float student, to measure the quantisation loss against")
+    add("--output", type=Path, metavar="DIR", help="the bundle's folder (bundles/PROFILE)")
+    add("--backends", metavar="A,B", help="onnx,openvino,tvm,coreml,tensorrt (default: all that the profile names)")
+    add("--context", type=int, metavar="TOKENS", help="KV capacity (default: what student and profile allow)")
+    add("--dry-run", action="store_true", help="predict sizes, memory and speed, check that they fit, and stop")
+    add("--no-bench", action="store_true", help="do not measure latency")
+    add("--allow-failed", action="store_true", help="publish although a gate failed")
+    add("--allow-downgrade", action="store_true", help="replace a bundle of a newer version of the same student")
+    add("--list-profiles", action="store_true", help="list the devices and stop")
+    options = parser.parse_args(arguments)
+    if not options.profile and not options.list_profiles:
+        parser.error(f"--profile is required; there are: {', '.join(list_profiles())}")
+    if options.context is not None and options.context < 1:
+        parser.error("--context must be at least 1")
+    return options
+
+
+def run_command(options: argparse.Namespace) -> int:
+    """Runs the parsed command; returns the exit status."""
+    if options.list_profiles:
+        console.print_profiles([load_profile(name) for name in list_profiles()])
+        return 0
+    from exporters.plan import check_backends
+
+    profile = load_profile(options.profile)
+    backends = check_backends(options.backends.split(",")) if options.backends else None
+    with _students(options) as (package, floating):
+        request = Request(
+            profile, package, floating, options.output or DEFAULT_OUTPUT / profile.name, backends, options.context,
+            not options.no_bench, options.allow_failed, options.allow_downgrade,
+        )
+        if options.dry_run:
+            return _dry_run(request)
+        with console.progress() as progress:
+            bundle, report, reused = build(request, progress)
+    console.print_summary(bundle, report, reused)
+    return 1 if report.failed else 0
+
+
+def _dry_run(request: Request) -> int:
+    from exporters import stages
+
+    with console.progress() as progress:
+        planned = stages.plan(request.package, request.floating, request.profile, request.backends, request.context,
+                              progress)
+    entries = [entry for rows in planned.entries.values() for entry in rows]
+    console.print_forecast(request.profile, planned.forecast, entries)
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line: 0 built, 1 a gate failed, 2 refused with one message."""
+    options = parse(arguments)
+    try:
+        return run_command(options)
+    except GateFailed as error:
+        print_report(Report(error.report.failed))
+        console.error(error)
+        return 1
+    except (ExportError, ProfileError, Fault) as error:
+        console.error(error)
+        return 2
+    except KeyboardInterrupt:
+        console.error("interrupted; nothing was published")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""What a bundle holds besides artifacts and golden files, and the manifest that names it all."""
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from device_profiles.schema import Profile
+from exporters.inheritance import Inheritance
+from exporters.student import Student
+from runtimes.bundle import Artifact
+
+#: Distributions whose version decides what an artifact holds.
+TOOLS = ("torch", "transformers", "diffusers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "safetensors",
+         "tokenizers", "numpy")
+MUTABLE = ("report.json", "report.md")
+CARDS = ("MODEL_CARD.md", "DATA_CARD.md", "quality.json")
+
+#: Factor on the reference's own noise that an export may reach, and the one below which two logits are a tie.
+NOISE_FACTOR, TIE_FACTOR = 100, 10
+
+USAGE = """# {name} {version} for {profile}
+
+This folder runs with the runtime alone (`pip install edge-export[onnx]`; PyTorch is not needed):
+
+    python -m runtimes.generate . --prompt "..." --to {outputs}
+    python -m runtimes.parity .      # checks every artifact against the golden outputs in golden/
+    python -m runtimes.bench .       # measures this machine
+
+`manifest.json` lists every file with its SHA-256; `report.md` says what was proven, where, and what is still pending.
+"""
+
+
+def tool_versions() -> dict[str, str]:
+    """Distribution -> installed version."""
+    return {name: metadata.version(name) for name in TOOLS}
+
+
+def build_key(student_sha256: Iterable[str], profile: Profile, options: Mapping[str, Any]) -> str:
+    """A hash over everything that decides the result: the packages, the profile, the options, the tools, this code."""
+    root = Path(__file__).parent.parent
+    code = hashlib.sha256()
+    for folder in ("exporters", "runtimes", "device_profiles"):
+        for path in sorted((root / folder).rglob("*.py")):
+            code.update(f"{path.relative_to(root).as_posix()}\0".encode())
+            code.update(path.read_bytes())
+    parts = {"students": list(student_sha256), "profile": profile.as_dict(), "options": dict(options),
+             "tools": tool_versions(), "code": code.hexdigest()}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def write_contents(student: Student, profile: Profile, folder: Path) -> str | None:
+    """Copies tokenizer and cards, writes the usage page and the bill of materials; returns the tokenizer's path."""
+    tokenizer = None
+    if student.tokenizer is not None:
+        tokenizer = "tokenizer/tokenizer.json"
+        (folder / "tokenizer").mkdir()
+        shutil.copyfile(student.tokenizer, folder / tokenizer)
+    for card in CARDS:
+        if (student.folder / card).is_file():
+            (folder / "docs").mkdir(exist_ok=True)
+            shutil.copyfile(student.folder / card, folder / "docs" / card)
+    outputs = "|".join(student.modalities)
+    (folder / "README.md").write_text(
+        USAGE.format(name=student.name, version=student.version, profile=profile.title, outputs=outputs), "utf-8")
+    (folder / "bom.json").write_text(json.dumps(_bill(student), indent=1, sort_keys=True) + "\n", "utf-8")
+    return tokenizer
+
+
+def _bill(student: Student) -> dict[str, Any]:
+    """CycloneDX 1.6: the student and the tools that made the artifacts (https://cyclonedx.org/docs/1.6/json)."""
+    model = {"type": "machine-learning-model", "name": student.name, "version": student.version,
+             "licenses": [{"license": {"name": student.license}}],
+             "hashes": [{"alg": "SHA-256", "content": student.sha256}]}
+    tools = [{"type": "library", "name": name, "version": version, "purl": f"pkg:pypi/{name}@{version}"}
+             for name, version in tool_versions().items()]
+    return {"bomFormat": "CycloneDX", "specVersion": "1.6", "version": 1, "components": [model, *tools]}
+
+
+def tolerances(profile: Profile, components: Iterable[str], noise: float) -> list[dict[str, Any]]:
+    """The manifest's limits: the profile's, and for float32 no more than a multiple of the measured noise floor."""
+    rows = []
+
+    def add(component: str, gate: str, metric: str, limit: float, source: str) -> None:
+        rows.append({"component": component, "gate": gate, "metric": metric, "limit": limit, "source": source})
+
+    source = lambda key: f"profile {key}: {profile.source(key)}"
+    floor = f"the float32 reference is {noise:.1e} from float64"
+    for component in components:
+        if component == "lm":
+            scaled = NOISE_FACTOR * noise
+            if scaled < profile.float_relative:
+                add("lm", "export", "relative_max_error", scaled, f"{NOISE_FACTOR} x noise floor: {floor}")
+            else:
+                add("lm", "export", "relative_max_error", profile.float_relative, source("float_relative"))
+            add("lm", "export", "noise", TIE_FACTOR * noise, f"{TIE_FACTOR} x noise floor: {floor}")
+            add("lm", "export", "mean_kl", profile.kl, source("kl"))
+            add("lm", "export", "same_top", profile.same_top, source("same_top"))
+            add("lm", "export-fast", "mean_kl", profile.fast_kl, source("fast_kl"))
+            add("lm", "export-fast", "same_top", profile.fast_same_top, source("fast_same_top"))
+        elif component.endswith("_decoder"):
+            add(component, "export", "relative_max_error", profile.codec_relative, source("codec_relative"))
+    return rows
+
+
+def loss_tolerances(profile: Profile, bits: int | None) -> list[dict[str, Any]]:
+    """Limits of the quantisation-loss gate for the narrowest weights of the student; none for a float one."""
+    if bits is None:
+        return []
+    keys = {"mean_kl": f"loss_int{bits}_kl", "same_top": f"loss_int{bits}_same_top"}
+    return [{"component": "lm", "gate": "quantisation-loss", "metric": metric, "limit": getattr(profile, key),
+             "source": f"profile {key}: {profile.source(key)}"} for metric, key in keys.items()]
+
+
+def manifest(student: Student, profile: Profile, key: str, capacity: int, tokenizer: str | None,
+             artifacts: Iterable[Artifact], golden: Mapping[str, str], limits: list[dict[str, Any]],
+             inheritance: Inheritance, created: str) -> dict[str, Any]:
+    """The manifest but for the files, which ``runtimes.bundle.write_manifest`` hashes."""
+    return {
+        "build_key": key,
+        "created": created,
+        "student": {"name": student.name, "version": student.version, "license": student.license,
+                    "sha256": student.sha256},
+        "profile": profile.as_dict(),
+        "vocab_size": student.config["vocab_size"],
+        "context": capacity,
+        "special": dict(student.special),
+        "tokenizer": tokenizer,
+        "modalities": {name: _modality(entry) for name, entry in student.modalities.items()},
+        "artifacts": [_plain(artifact) for artifact in artifacts],
+        "golden": dict(golden),
+        "tolerances": limits,
+        "inheritance": inheritance.as_dict(),
+        "tools": tool_versions(),
+        "licenses": [{"component": "student", "license": student.license},
+                     {"component": "edge-export", "license": "Apache-2.0"}],
+        "mutable": list(MUTABLE),
+    }
+
+
+def _modality(entry: Any) -> dict[str, Any]:
+    row: dict[str, Any] = {"tokens": [entry.first, entry.end]}
+    if entry.grid:
+        row |= {"codebooks": entry.codebooks, "codebook_size": entry.codebook_size, "grid": list(entry.grid),
+                "begin": entry.begin_id, "end": entry.end_id, "preprocessing": dict(entry.preprocessing)}
+    return row
+
+
+def _plain(artifact: Artifact) -> dict[str, Any]:
+    row = dataclasses.asdict(artifact)
+    del row["raw"]
+    return json.loads(json.dumps(row))

@@ -1,0 +1,124 @@
+"""Golden inputs and reference outputs: what a bundle carries so that a device can check itself without PyTorch.
+
+Every expected output comes from the libraries' own modules on the student's dequantised weights, never from the
+captured graph, so the golden files are an independent oracle. runtimes/golden.py describes the files.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from exporters.families.decoder_lm import build_reference
+from exporters.families.references import REFERENCES
+from exporters.program import Program
+from exporters.student import Student
+
+STEPS = 64
+#: Samples of the language model; fewer where the vocabulary makes their logits larger than the limit.
+SAMPLES, LARGEST_LOGITS = 8, 16 << 20
+#: Tokens of the longest golden prompt.
+LONGEST_PROMPT = 8
+#: Sizes of a codec's cases relative to the export; the last was not seen there.
+CASES = (1.0, 0.5, 1.5)
+
+
+def write_lm(student: Student, floating: Student | None, capacity: int, path: Path) -> float:
+    """Writes the language model's golden file.
+
+    Args:
+        floating: the float student, for the quantisation-loss gate; None leaves it out.
+
+    Returns:
+        The noise floor of the reference itself: the largest difference of its float32 from its float64 logits, as a
+        share of the largest logit.
+    """
+    ids, prompts = lm_samples(student, capacity)
+    model = build_reference(student)
+    tensors = {"ids": ids, "prompt": prompts, "logits": _forced(model, ids, prompts)}
+    precise = _forced(model.double(), ids[:1], prompts[:1])
+    noise = np.abs(tensors["logits"][:1] - precise).max() / np.abs(precise).max()
+    del model
+    if floating is not None:
+        tensors["float_logits"] = _forced(build_reference(floating), ids, prompts)
+    _save(tensors, path)
+    return float(noise)
+
+
+def lm_samples(student: Student, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """(ids int32 [n, L], prompt lengths int32 [n]) from the package's samples, else from a seeded generator.
+
+    A sample shorter than prompt and steps together is continued by the next ones.
+    """
+    vocabulary = student.config["vocab_size"]
+    count = max(2, min(SAMPLES, LARGEST_LOGITS // (4 * STEPS * vocabulary)))
+    file = student.folder / "samples" / "lm.safetensors"
+    if file.exists():
+        held = load_file(file)
+        rows = [row[:length].tolist() for row, length in zip(held["ids"], held["length"], strict=True)]
+    else:
+        rows = np.random.default_rng(0).integers(0, vocabulary, (count, STEPS)).tolist()
+    # Prefills of several lengths, as short as the tasks' own.
+    prompts = [3 + (LONGEST_PROMPT - 3) * i // max(count - 1, 1) for i in range(count)]
+    length = min(max(prompts) + STEPS, capacity)
+    ids = np.empty((count, length), np.int32)
+    for i in range(count):
+        chain = [token for j in range(len(rows)) for token in rows[(i * len(rows) // count + j) % len(rows)]]
+        ids[i] = np.resize(np.array(chain, np.int32), length)
+    return ids, np.array(prompts, np.int32)
+
+
+@torch.no_grad()
+def _forced(model: PreTrainedModel, ids: np.ndarray, prompts: np.ndarray) -> np.ndarray:
+    """Logits [n, STEPS, V] of one full forward pass per sample, without a cache."""
+    rows = []
+    for row, prompt in zip(ids, prompts, strict=True):
+        logits = model(torch.from_numpy(row)[None].long(), use_cache=False).logits[0]
+        rows.append(logits[prompt - 1 : prompt - 1 + STEPS].float().numpy())
+    return np.stack(rows)
+
+
+def write_codec(student: Student, modality: str, programs: Mapping[str, Program], folder: Path) -> dict[str, str]:
+    """Writes the golden files of a discretizer's encoder and decoder; returns component -> file name."""
+    model = student.discretizer(modality)
+    reference = REFERENCES[type(model).__name__]
+    written = {}
+    for component, program in programs.items():
+        step = reference.decode if component.endswith("_decoder") else reference.encode
+        [source], [target] = program.inputs, program.outputs
+        tensors = {}
+        for i, case in enumerate(_cases(student, modality, model, component)):
+            with torch.no_grad():
+                tensors |= {f"case{i}.{source.name}": case.numpy(),
+                            f"case{i}.expected.{target.name}": step(model, case).contiguous().numpy()}
+        written[component] = f"{component}.safetensors"
+        _save(tensors, folder / written[component])
+    return written
+
+
+def _cases(student: Student, modality: str, model: nn.Module, component: str) -> Iterator[Tensor]:
+    """Inputs of a codec in three sizes; codes are those of real signals where the package has samples."""
+    reference = REFERENCES[type(model).__name__]
+    samples = _samples(student, modality)
+    for scale in CASES:
+        signal = reference.signal(samples, student.modalities[modality], scale)
+        if component.endswith("_encoder"):
+            yield signal
+        else:
+            with torch.no_grad():
+                yield reference.encode(model, signal)
+
+
+def _samples(student: Student, modality: str) -> Tensor | None:
+    file = student.folder / "samples" / {"image": "images.safetensors"}.get(modality, f"{modality}.safetensors")
+    return torch.from_numpy(next(iter(load_file(file).values()))) if file.exists() else None
+
+
+def _save(tensors: Mapping[str, np.ndarray], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: np.ascontiguousarray(t) for name, t in tensors.items()}, path)

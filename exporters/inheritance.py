@@ -1,0 +1,89 @@
+"""Proof that the student's own quantisation arrived: codes, scales and zero points read back from the artifacts.
+
+A backend gives what stands in its files, the comparison here is bit for bit and knows no backend.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from exporters.program import Inherited, Program
+from exporters.quantized import QuantizedTensor
+
+
+@dataclass(frozen=True)
+class StoredMatrix:
+    """A quantised matrix as an artifact holds it, unpacked.
+
+    Attributes:
+        codes: uint8 [N, columns or more].
+        scales: float32 [N, nb].
+        zero_points: uint8 [N, nb], or None, which means 2^(bits-1).
+        bits, block: bits per code, columns per scale.
+    """
+
+    codes: np.ndarray
+    scales: np.ndarray
+    zero_points: np.ndarray | None
+    bits: int
+    block: int
+
+
+@dataclass(frozen=True)
+class Inheritance:
+    """How many of the student's quantised tensors (codes, scales and zero points of each matrix) are identical."""
+
+    identical: int = 0
+    total: int = 0
+    mismatches: tuple[str, ...] = field(default=())
+
+    def __add__(self, other: Inheritance) -> Inheritance:
+        return Inheritance(self.identical + other.identical, self.total + other.total,
+                           self.mismatches + other.mismatches)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values for the manifest."""
+        return {"identical": self.identical, "total": self.total, "mismatches": list(self.mismatches)}
+
+
+def compare(label: str, program: Program, stored: Mapping[str, StoredMatrix],
+            student: Mapping[str, QuantizedTensor]) -> Inheritance:
+    """Compares every inherited matrix of ``program`` with what stands in an artifact.
+
+    Args:
+        label: the artifact, for messages.
+        stored: prefix of the Program's constants -> what the artifact holds.
+        student: the student's quantised tensors by module name.
+    """
+    checks = [check for prefix, inherited in program.inherited.items()
+              for check in _matrix(f"{label}: {prefix}", inherited, stored.get(prefix), student)]
+    return Inheritance(sum(same for _, same in checks), len(checks), tuple(name for name, same in checks if not same))
+
+
+def _matrix(where: str, inherited: Inherited, stored: StoredMatrix | None,
+            student: Mapping[str, QuantizedTensor]) -> Iterator[tuple[str, bool]]:
+    start = 0
+    for source, rows in zip(inherited.sources, inherited.rows, strict=True):
+        tensor = student[source]
+        span = slice(start, start + rows)
+        start += rows
+        same = (False,) * 3 if stored is None else _tensor(tensor, stored, span, inherited.columns)
+        yield from zip((f"{where} ({source}) {part}" for part in ("codes", "scales", "zero points")), same, strict=True)
+
+
+def _tensor(tensor: QuantizedTensor, stored: StoredMatrix, rows: slice, columns: int) -> Iterable[bool]:
+    middle = np.uint8(2 ** (tensor.bits - 1))
+    whole = lambda values, width: np.repeat(values, width, 1)[:, :columns]
+    zeros = lambda values, like: np.full(like.shape, middle) if values is None else values
+    bits = lambda values: np.ascontiguousarray(values).view(np.uint32)  # bit for bit: -0.0 is not 0.0
+    scales = stored.scales[rows]
+    stored_zeros = zeros(None if stored.zero_points is None else stored.zero_points[rows], scales)
+    return (
+        stored.bits == tensor.bits and np.array_equal(stored.codes[rows, :columns], tensor.unpack()),
+        np.array_equal(bits(whole(scales, stored.block)), bits(whole(tensor.scales, tensor.group))),
+        np.array_equal(whole(stored_zeros, stored.block),
+                       whole(zeros(tensor.zero_points, tensor.scales), tensor.group)),
+    )

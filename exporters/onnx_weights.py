@@ -1,0 +1,52 @@
+"""Reads quantised matrices back out of a written ONNX model, from the nodes that compute with them."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from exporters.blocks import unpack_bits
+from exporters.inheritance import StoredMatrix
+
+
+def read_matrices(path: Path) -> Mapping[str, StoredMatrix]:
+    """Name of the matrix in the Program -> its values in the file and its external data.
+
+    Only matrices that a MatMulNBits or DequantizeLinear node reads are there: a weight that nothing multiplies with
+    did not arrive.
+    """
+    found = {}
+    for node in ir.load(path).graph:
+        if node.op_type == "MatMulNBits":
+            found[_matrix_name(node)] = _from_matmul(node)
+        elif node.op_type == "DequantizeLinear":
+            found[_matrix_name(node)] = _from_dequantize(node)
+    return found
+
+
+def _matrix_name(node: ir.Node) -> str:
+    codes = node.inputs[1] if node.op_type == "MatMulNBits" else node.inputs[0]
+    return codes.name.removesuffix(".typed").removesuffix(".codes")
+
+
+def _values(value: ir.Value) -> np.ndarray:
+    return np.asarray(value.const_value.numpy())
+
+
+def _from_matmul(node: ir.Node) -> StoredMatrix:
+    bits, block = node.attributes["bits"].as_int(), node.attributes["block_size"].as_int()
+    _, codes, scales, zeros = node.inputs[:4] if len(node.inputs) > 3 else (*node.inputs[:3], None)
+    packed = _values(codes)
+    rows, blocks = packed.shape[:2]
+    unpacked = unpack_bits(packed.reshape(rows, -1), bits, blocks * block)
+    points = None if zeros is None else unpack_bits(_values(zeros).reshape(rows, -1), bits, blocks)
+    return StoredMatrix(unpacked, _values(scales).reshape(rows, blocks), points, bits, block)
+
+
+def _from_dequantize(node: ir.Node) -> StoredMatrix:
+    codes, scales, zeros = node.inputs
+    bits = codes.dtype.bitwidth
+    as_codes = lambda value: _values(value).astype(np.uint8)
+    return StoredMatrix(as_codes(codes), _values(scales), as_codes(zeros), bits, node.attributes["block_size"].as_int())

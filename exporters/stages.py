@@ -1,0 +1,135 @@
+"""The stages of a build, each a function from what the last one gave to what the next one takes."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+
+from device_profiles.schema import Profile
+from exporters import contents, golden, inheritance, onnx_weights
+from exporters.errors import ExportError
+from exporters.families import capture_student
+from exporters.inheritance import Inheritance
+from exporters.plan import EXPORTERS, Entry, Forecast, check_fit, forecast, plan_entries
+from exporters.program import Program
+from exporters.student import Student, load_student
+from runtimes.bundle import Artifact, Bundle, write_manifest
+
+Progress = Callable[[str, int], None]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A student with its captured programs and, for each component, what will be made of it."""
+
+    student: Student
+    floating: Student | None
+    programs: Mapping[str, Program]
+    entries: Mapping[str, tuple[Entry, ...]]
+    capacity: int
+    forecast: Forecast
+
+
+def plan(package: Path, floating: Path | None, profile: Profile, backends: Iterable[str] | None, context: int | None,
+         progress: Progress) -> Planned:
+    """Loads and captures the student, and decides what to make. Nothing is written.
+
+    Raises:
+        ExportError: a student, profile or context that does not work, before anything was spent on it.
+    """
+    progress("load", 0)
+    student = load_student(package)
+    twin = None if floating is None else _twin(student, load_student(floating))
+    capacity = _capacity(student, profile, context)
+    programs = {}
+    for program in capture_student(student, capacity):
+        progress(f"capture {program.entry}", 0)
+        programs[program.entry] = program
+    entries = {name: plan_entries(profile, program, backends) for name, program in programs.items()}
+    logits = golden.SAMPLES * golden.STEPS * student.config["vocab_size"] * 4 * (1 if twin is None else 2)
+    prediction = forecast(profile, programs.values(), min(logits, 2 * golden.LARGEST_LOGITS))
+    check_fit(profile, prediction)
+    return Planned(student, twin, programs, entries, capacity, prediction)
+
+
+def _twin(student: Student, floating: Student) -> Student:
+    """The float package, if it is the same student: one tokenizer and vocabulary, and no quantised weight."""
+    if floating.quantized:
+        raise ExportError("is quantised itself", where=f"--float-package {floating.folder}",
+                          way_out="Name the float student that this one was quantised from.")
+    if floating.config["vocab_size"] != student.config["vocab_size"]:
+        raise ExportError(f"has {floating.config['vocab_size']} tokens, the student {student.config['vocab_size']}",
+                          where=f"--float-package {floating.folder}", way_out="Name the float twin of this student.")
+    return floating
+
+
+def _capacity(student: Student, profile: Profile, context: int | None) -> int:
+    longest = student.config.get("max_position_embeddings", profile.max_context)
+    if context is not None and context > longest:
+        raise ExportError(f"{context} tokens are more than the student's {longest}", where="--context",
+                          way_out="Ask for fewer.")
+    capacity = min(longest, context or profile.max_context)
+    smallest = golden.STEPS + golden.LONGEST_PROMPT
+    if capacity < smallest:
+        raise ExportError(f"{capacity} positions are too few for the {golden.STEPS} steps of the parity gate",
+                          where="context", way_out=f"At least {smallest} are needed.")
+    return capacity
+
+
+def export(planned: Planned, folder: Path, progress: Progress) -> tuple[Artifact, ...]:
+    """Writes every planned artifact; the first one of each component is the preferred one."""
+    artifacts: list[Artifact] = []
+    for component, entries in planned.entries.items():
+        made = [entry for entry in entries if not entry.left_out]
+        written = {}
+        for backend in dict.fromkeys(entry.backend for entry in made):
+            progress(f"export {component} for {backend}", 0)
+            forms = [(entry.form, entry.mode) for entry in made if entry.backend == backend]
+            exporter = EXPORTERS[backend]
+            for artifact in exporter.export(planned.programs[component], folder, forms,
+                                            lambda size, name=component: progress(f"export {name}", size)):
+                written[artifact.label] = artifact
+        artifacts += [replace(written[entry.label], preferred=entry is made[0]) for entry in made]
+    return tuple(artifacts)
+
+
+def read_back(planned: Planned, artifacts: Iterable[Artifact], folder: Path, progress: Progress) -> Inheritance:
+    """Compares the codes, scales and zero points in every written artifact with the student's."""
+    total = Inheritance()
+    for artifact in artifacts:
+        program = planned.programs[artifact.component]
+        if program.inherited:
+            progress(f"read back {artifact.component} {artifact.label}", 0)
+            stored = onnx_weights.read_matrices(folder / artifact.model)
+            total += inheritance.compare(artifact.label, program, stored, planned.student.quantized)
+    return total
+
+
+def write_golden(planned: Planned, folder: Path, progress: Progress) -> tuple[dict[str, str], float]:
+    """Writes the golden files; returns component -> path in the bundle, and the reference's relative noise."""
+    progress("golden outputs of lm", 0)
+    paths = {"lm": "golden/lm.safetensors"}
+    noise = golden.write_lm(planned.student, planned.floating, planned.capacity, folder / paths["lm"])
+    for name, modality in planned.student.modalities.items():
+        if modality.discretizer is None:
+            continue
+        progress(f"golden outputs of {name}", 0)
+        own = {entry: program for entry, program in planned.programs.items() if entry.startswith(f"{name}_")}
+        written = golden.write_codec(planned.student, name, own, folder / "golden")
+        paths |= {component: f"golden/{file}" for component, file in written.items()}
+    return paths, noise
+
+
+def finish(planned: Planned, profile: Profile, key: str, artifacts: tuple[Artifact, ...], golden_files: dict[str, str],
+           noise: float, inherited: Inheritance, folder: Path, progress: Progress) -> Bundle:
+    """Adds the rest of the contents, checks that the package is still what was read, and writes the manifest last."""
+    tokenizer = contents.write_contents(planned.student, profile, folder)
+    widths = [matrix.bits for matrix in planned.programs["lm"].inherited.values()]
+    limits = contents.tolerances(profile, planned.programs, noise)
+    limits += contents.loss_tolerances(profile, min(widths, default=None))
+    planned.student.verify_unchanged()
+    return write_manifest(folder, contents.manifest(
+        planned.student, profile, key, planned.capacity, tokenizer, artifacts, golden_files, limits, inherited,
+        datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    ), progress)
