@@ -105,7 +105,7 @@ def _pack_quantized(read: Read, module: str, scheme: WeightScheme, shape: tuple[
     width = -(-columns * scheme.bits // 8)
     words = read(f"{module}.weight_packed").numpy().astype("<i4", copy=False)
     padded = words.view(np.uint8)
-    codes = padded[:, :width]
+    codes = np.ascontiguousarray(padded[:, :width])
     spare = padded[:, width:]
     if spare.any() or (columns * scheme.bits % 8 and (codes[:, -1] >> 4).any()):
         raise QuantizationError(

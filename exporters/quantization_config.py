@@ -81,7 +81,9 @@ def _check_pattern(pattern: str, at: str) -> None:
         _refuse(f"the pattern {pattern!r} could take unbounded time", at, "Write simpler patterns, or names")
 
 
-def _validated_groups(config: Mapping[str, Any]) -> list[tuple[list[str], WeightScheme]]:
+def _validated_groups(config: Any) -> list[tuple[list[str], WeightScheme]]:
+    if not isinstance(config, dict):
+        _refuse(f"is {config!r:.80}, not an object")
     method = config.get("quant_method")
     if method != _METHOD:
         _refuse(f"unsupported quant_method {method!r}")
@@ -113,7 +115,7 @@ def _matches(name: str, classes: Iterable[str], target: str) -> int:
     return 0 if target == name else 2 if target in classes else 3
 
 
-def module_schemes(config: Mapping[str, Any], modules: Mapping[str, tuple[str, ...]]) -> dict[str, WeightScheme]:
+def module_schemes(config: Any, modules: Mapping[str, tuple[str, ...]]) -> dict[str, WeightScheme]:
     """The scheme of every quantised module.
 
     Args:
