@@ -62,7 +62,7 @@ BACKEND_KEYS = {
 
 def _dtypes(profile: Profile) -> Iterator[Finding]:
     if profile.sm is None:
-        for dtype in {"fp8", "fp4"} & set(profile.dtypes):
+        for dtype in sorted({"fp8", "fp4"} & set(profile.dtypes)):
             yield (
                 "dtypes",
                 f"{dtype} needs an NVIDIA GPU of the right generation, and this device has no sm",
