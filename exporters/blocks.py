@@ -3,6 +3,7 @@
 Layout of com.microsoft.MatMulNBits: codes [N, nb, block*bits/8] uint8, low bits first; scales [N, nb] float32;
 zero points [N, ceil(nb*bits/8)] uint8, packed like the codes, or none, which means 2^(bits-1).
 """
+
 from __future__ import annotations
 
 import math
@@ -38,8 +39,11 @@ class BlockLayout:
         power = math.gcd(tensor.group, LARGEST)
         if power < SMALLEST:
             if tensor.group < tensor.shape[1]:
-                raise QuantizationError(f"groups of {tensor.group} columns cannot be cut into blocks of {SMALLEST}",
-                                        where=name, way_out="Use a group size that is a multiple of 16.")
+                raise QuantizationError(
+                    f"groups of {tensor.group} columns cannot be cut into blocks of {SMALLEST}",
+                    where=name,
+                    way_out="Use a group size that is a multiple of 16.",
+                )
             power = 32
         return cls(tensor.bits, power, tensor.zero_points is not None)
 

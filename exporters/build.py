@@ -7,6 +7,7 @@ The student is captured once, lowered to what each backend of the profile runs f
 golden inputs, measured where this machine is the device, and published as one atomic folder. Without --package the
 shipped reference student is built. A second build with nothing changed reuses the first.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -38,7 +39,6 @@ Progress = Callable[[str, int], None]
 
 def quiet(stage: str, size: int) -> None:
     """The progress callback of a caller that wants none."""
-
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,8 @@ class GateFailed(ExportError):
             f"{len(report.failed)} of {len(report.results)} gates fail, the first: {first.gate} {first.metric} = "
             f"{first.value} against {first.limit} ({first.where})",
             where=f"{first.component} {first.backend}/{first.form}/{first.mode}",
-            way_out=f"Nothing was published at {output}; --allow-failed publishes it with its report.")
+            way_out=f"Nothing was published at {output}; --allow-failed publishes it with its report.",
+        )
 
 
 def build(request: Request, progress: Progress = quiet) -> tuple[Bundle, Report, bool]:
@@ -94,13 +95,15 @@ def build(request: Request, progress: Progress = quiet) -> tuple[Bundle, Report,
     from exporters import stages  # torch and transformers load here: a reused build does without them
 
     with staged(request.output, allow_downgrade=request.allow_downgrade, progress=progress) as folder:
-        planned = stages.plan(request.package, request.floating, request.profile, request.backends, request.context,
-                              progress)
+        planned = stages.plan(
+            request.package, request.floating, request.profile, request.backends, request.context, progress
+        )
         artifacts = stages.export(planned, folder, progress)
         inherited = stages.read_back(planned, artifacts, folder, progress)
         golden_files, noise = stages.write_golden(planned, folder, progress)
-        bundle = stages.finish(planned, request.profile, key, artifacts, golden_files, noise, inherited, folder,
-                               progress)
+        bundle = stages.finish(
+            planned, request.profile, key, artifacts, golden_files, noise, inherited, folder, progress
+        )
         report = _measure(bundle, request, progress)
         write_report(folder, report)
         if report.failed and not request.allow_failed:
@@ -157,8 +160,9 @@ def _students(options: argparse.Namespace) -> Iterator[tuple[Path, Path | None]]
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line; see --help."""
-    parser = argparse.ArgumentParser(prog="python -m exporters.build", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m exporters.build", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--profile", metavar="NAME", help="the device; --list-profiles names them")
     add("--package", type=Path, metavar="DIR", help="delivery package or transformers checkpoint folder")
@@ -191,8 +195,15 @@ def run_command(options: argparse.Namespace) -> int:
     backends = check_backends(options.backends.split(",")) if options.backends else None
     with _students(options) as (package, floating):
         request = Request(
-            profile, package, floating, options.output or DEFAULT_OUTPUT / profile.name, backends, options.context,
-            not options.no_bench, options.allow_failed, options.allow_downgrade,
+            profile,
+            package,
+            floating,
+            options.output or DEFAULT_OUTPUT / profile.name,
+            backends,
+            options.context,
+            not options.no_bench,
+            options.allow_failed,
+            options.allow_downgrade,
         )
         if options.dry_run:
             return _dry_run(request)
@@ -206,8 +217,9 @@ def _dry_run(request: Request) -> int:
     from exporters import stages
 
     with console.progress() as progress:
-        planned = stages.plan(request.package, request.floating, request.profile, request.backends, request.context,
-                              progress)
+        planned = stages.plan(
+            request.package, request.floating, request.profile, request.backends, request.context, progress
+        )
     entries = [entry for rows in planned.entries.values() for entry in rows]
     console.print_forecast(request.profile, planned.forecast, entries)
     return 0

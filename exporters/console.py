@@ -1,4 +1,5 @@
 """What the build prints: progress with stage and bytes, the device list, predictions, and the closing table."""
+
 from __future__ import annotations
 
 import sys
@@ -35,8 +36,12 @@ def size(count: float | None) -> str:
 @contextmanager
 def progress() -> Iterator[Callable[[str, int], None]]:
     """A line that shows the stage, the bytes written and the time; the callback takes (stage, bytes)."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TextColumn("{task.fields[written]}"),
-               TimeElapsedColumn())
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        TextColumn("{task.fields[written]}"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("start", total=None, written="")
         total = 0
@@ -56,11 +61,18 @@ def error(problem: Exception) -> None:
 
 def print_profiles(profiles: Iterable[Profile]) -> None:
     """The devices with what matters most of each."""
-    table = Table("profile", "device", "memory", "bandwidth", "backends in order", title="Profiles", title_justify="left")
+    table = Table(
+        "profile", "device", "memory", "bandwidth", "backends in order", title="Profiles", title_justify="left"
+    )
     for profile in profiles:
         bandwidth = profile.bandwidth_bytes_per_s
-        table.add_row(profile.name, escape(profile.device), size(profile.memory_bytes),
-                      f"{size(bandwidth)}/s" if bandwidth else "unknown", ", ".join(profile.backends))
+        table.add_row(
+            profile.name,
+            escape(profile.device),
+            size(profile.memory_bytes),
+            f"{size(bandwidth)}/s" if bandwidth else "unknown",
+            ", ".join(profile.backends),
+        )
     Console().print(table)
 
 
@@ -68,48 +80,84 @@ def print_forecast(profile: Profile, forecast: Forecast, entries: Iterable[Entry
     """What a build would make, and the sizes and speed predicted for it."""
     plan = Table("component", "artifact", "plan", title=f"Plan for {profile.title}", title_justify="left")
     for entry in entries:
-        plan.add_row(entry.component, entry.label, escape(entry.left_out or "build"),
-                     style="dim" if entry.left_out else None)
+        plan.add_row(
+            entry.component, entry.label, escape(entry.left_out or "build"), style="dim" if entry.left_out else None
+        )
     rate = forecast.tokens_per_second
     figures = Table("predicted", "value", "budget", title="Prediction (not a measurement)", title_justify="left")
     figures.add_row("bundle", size(forecast.bundle_bytes), size(profile.bundle_bytes))
     figures.add_row("memory of the process", size(forecast.memory_bytes), size(profile.rss_bytes))
     figures.add_row("bytes per token", size(forecast.bytes_per_token), "")
-    figures.add_row("tokens/s at the bandwidth roof",
-                    f"{rate:,.0f}" if rate else "unknown: the profile has no bandwidth", f"{1e3 / profile.tpot_ms:,.0f}")
+    figures.add_row(
+        "tokens/s at the bandwidth roof",
+        f"{rate:,.0f}" if rate else "unknown: the profile has no bandwidth",
+        f"{1e3 / profile.tpot_ms:,.0f}",
+    )
     Console().print(plan, figures)
 
 
 def print_summary(bundle: Bundle, report: Report, reused: bool) -> None:
     """One line per artifact with its worst status and its speed, what was left out, and where everything is."""
-    table = Table("component", "artifact", "precision", "size", "gates", "status", "speed", title_justify="left",
-                  title=f"{bundle.student.name} {bundle.student.version} for {bundle.profile['title']}")
+    table = Table(
+        "component",
+        "artifact",
+        "precision",
+        "size",
+        "gates",
+        "status",
+        "speed",
+        title_justify="left",
+        title=f"{bundle.student.name} {bundle.student.version} for {bundle.profile['title']}",
+    )
     for artifact in bundle.artifacts:
-        rows = [r for r in report.results if (r.component, r.backend, r.form, r.mode) ==
-                (artifact.component, artifact.backend, artifact.form, artifact.mode)]
+        rows = [
+            r
+            for r in report.results
+            if (r.component, r.backend, r.form, r.mode)
+            == (artifact.component, artifact.backend, artifact.form, artifact.mode)
+        ]
         status = next((s for s in ("failed", "pending-device", "proxy") if any(r.status == s for r in rows)), "passed")
         held = sum(row.status != "failed" for row in rows)
         bytes_ = sum(bundle.files[path].size for path in artifact.files)
         precision = f"{artifact.precision['weights']}, {artifact.precision['activations']} activations"
-        table.add_row(artifact.component, artifact.label + (" *" if artifact.preferred else ""), precision, size(bytes_),
-                      f"{held}/{len(rows)}", status if rows else "pending-device",
-                      _speed(report, artifact), style=STYLE[status])
-    missing = sorted({entry.split("/")[0] for rows in bundle.profile["components"].values() for entry in rows}
-                     - {artifact.backend for artifact in bundle.artifacts})
+        table.add_row(
+            artifact.component,
+            artifact.label + (" *" if artifact.preferred else ""),
+            precision,
+            size(bytes_),
+            f"{held}/{len(rows)}",
+            status if rows else "pending-device",
+            _speed(report, artifact),
+            style=STYLE[status],
+        )
+    missing = sorted(
+        {entry.split("/")[0] for rows in bundle.profile["components"].values() for entry in rows}
+        - {artifact.backend for artifact in bundle.artifacts}
+    )
     console = Console()
     console.print(table)
     inherited = bundle.inheritance
     if inherited["total"]:
-        console.print(f"Inheritance: {inherited['identical']} of {inherited['total']} codes, scales and zero points "
-                      "read back identical.")
+        console.print(
+            f"Inheritance: {inherited['identical']} of {inherited['total']} codes, scales and zero points "
+            "read back identical."
+        )
     if missing:
-        console.print(f"Not made here: {', '.join(missing)} (the profile names them; this version does not build them).")
-    console.print(f"{'Unchanged, reused' if reused else 'Published'}: {bundle.folder}  (* preferred; details in report.md)")
+        console.print(
+            f"Not made here: {', '.join(missing)} (the profile names them; this version does not build them)."
+        )
+    console.print(
+        f"{'Unchanged, reused' if reused else 'Published'}: {bundle.folder}  (* preferred; details in report.md)"
+    )
 
 
 def _speed(report: Report, artifact) -> str:
-    figures = {row.metric: row for row in report.latency if (row.component, row.backend, row.form, row.mode) ==
-               (artifact.component, artifact.backend, artifact.form, artifact.mode)}
+    figures = {
+        row.metric: row
+        for row in report.latency
+        if (row.component, row.backend, row.form, row.mode)
+        == (artifact.component, artifact.backend, artifact.form, artifact.mode)
+    }
     for metric, unit in (("tokens_per_second", "tok/s"), ("p50_ms", "ms"), ("latency_p50", "ms")):
         if metric in figures:
             row = figures[metric]

@@ -1,4 +1,5 @@
 """What a bundle holds besides artifacts and golden files, and the manifest that names it all."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -16,8 +17,18 @@ from exporters.student import Student
 from runtimes.bundle import Artifact
 
 #: Distributions whose version decides what an artifact holds.
-TOOLS = ("torch", "transformers", "diffusers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "safetensors",
-         "tokenizers", "numpy")
+TOOLS = (
+    "torch",
+    "transformers",
+    "diffusers",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "onnxruntime",
+    "safetensors",
+    "tokenizers",
+    "numpy",
+)
 MUTABLE = ("report.json", "report.md")
 CARDS = ("MODEL_CARD.md", "DATA_CARD.md", "quality.json")
 
@@ -49,8 +60,13 @@ def build_key(student_sha256: Iterable[str], profile: Profile, options: Mapping[
         for path in sorted((root / folder).rglob("*.py")):
             code.update(f"{path.relative_to(root).as_posix()}\0".encode())
             code.update(path.read_bytes())
-    parts = {"students": list(student_sha256), "profile": profile.as_dict(), "options": dict(options),
-             "tools": tool_versions(), "code": code.hexdigest()}
+    parts = {
+        "students": list(student_sha256),
+        "profile": profile.as_dict(),
+        "options": dict(options),
+        "tools": tool_versions(),
+        "code": code.hexdigest(),
+    }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -67,18 +83,25 @@ def write_contents(student: Student, profile: Profile, folder: Path) -> str | No
             shutil.copyfile(student.folder / card, folder / "docs" / card)
     outputs = "|".join(student.modalities)
     (folder / "README.md").write_text(
-        USAGE.format(name=student.name, version=student.version, profile=profile.title, outputs=outputs), "utf-8")
+        USAGE.format(name=student.name, version=student.version, profile=profile.title, outputs=outputs), "utf-8"
+    )
     (folder / "bom.json").write_text(json.dumps(_bill(student), indent=1, sort_keys=True) + "\n", "utf-8")
     return tokenizer
 
 
 def _bill(student: Student) -> dict[str, Any]:
     """CycloneDX 1.6: the student and the tools that made the artifacts (https://cyclonedx.org/docs/1.6/json)."""
-    model = {"type": "machine-learning-model", "name": student.name, "version": student.version,
-             "licenses": [{"license": {"name": student.license}}],
-             "hashes": [{"alg": "SHA-256", "content": student.sha256}]}
-    tools = [{"type": "library", "name": name, "version": version, "purl": f"pkg:pypi/{name}@{version}"}
-             for name, version in tool_versions().items()]
+    model = {
+        "type": "machine-learning-model",
+        "name": student.name,
+        "version": student.version,
+        "licenses": [{"license": {"name": student.license}}],
+        "hashes": [{"alg": "SHA-256", "content": student.sha256}],
+    }
+    tools = [
+        {"type": "library", "name": name, "version": version, "purl": f"pkg:pypi/{name}@{version}"}
+        for name, version in tool_versions().items()
+    ]
     return {"bomFormat": "CycloneDX", "specVersion": "1.6", "version": 1, "components": [model, *tools]}
 
 
@@ -89,7 +112,9 @@ def tolerances(profile: Profile, components: Iterable[str], noise: float) -> lis
     def add(component: str, gate: str, metric: str, limit: float, source: str) -> None:
         rows.append({"component": component, "gate": gate, "metric": metric, "limit": limit, "source": source})
 
-    source = lambda key: f"profile {key}: {profile.source(key)}"
+    def source(key: str) -> str:
+        return f"profile {key}: {profile.source(key)}"
+
     floor = f"the float32 reference is {noise:.1e} from float64"
     for component in components:
         if component == "lm":
@@ -113,19 +138,40 @@ def loss_tolerances(profile: Profile, bits: int | None) -> list[dict[str, Any]]:
     if bits is None:
         return []
     keys = {"mean_kl": f"loss_int{bits}_kl", "same_top": f"loss_int{bits}_same_top"}
-    return [{"component": "lm", "gate": "quantisation-loss", "metric": metric, "limit": getattr(profile, key),
-             "source": f"profile {key}: {profile.source(key)}"} for metric, key in keys.items()]
+    return [
+        {
+            "component": "lm",
+            "gate": "quantisation-loss",
+            "metric": metric,
+            "limit": getattr(profile, key),
+            "source": f"profile {key}: {profile.source(key)}",
+        }
+        for metric, key in keys.items()
+    ]
 
 
-def manifest(student: Student, profile: Profile, key: str, capacity: int, tokenizer: str | None,
-             artifacts: Iterable[Artifact], golden: Mapping[str, str], limits: list[dict[str, Any]],
-             inheritance: Inheritance, created: str) -> dict[str, Any]:
+def manifest(
+    student: Student,
+    profile: Profile,
+    key: str,
+    capacity: int,
+    tokenizer: str | None,
+    artifacts: Iterable[Artifact],
+    golden: Mapping[str, str],
+    limits: list[dict[str, Any]],
+    inheritance: Inheritance,
+    created: str,
+) -> dict[str, Any]:
     """The manifest but for the files, which ``runtimes.bundle.write_manifest`` hashes."""
     return {
         "build_key": key,
         "created": created,
-        "student": {"name": student.name, "version": student.version, "license": student.license,
-                    "sha256": student.sha256},
+        "student": {
+            "name": student.name,
+            "version": student.version,
+            "license": student.license,
+            "sha256": student.sha256,
+        },
         "profile": profile.as_dict(),
         "vocab_size": student.config["vocab_size"],
         "context": capacity,
@@ -137,8 +183,10 @@ def manifest(student: Student, profile: Profile, key: str, capacity: int, tokeni
         "tolerances": limits,
         "inheritance": inheritance.as_dict(),
         "tools": tool_versions(),
-        "licenses": [{"component": "student", "license": student.license},
-                     {"component": "edge-export", "license": "Apache-2.0"}],
+        "licenses": [
+            {"component": "student", "license": student.license},
+            {"component": "edge-export", "license": "Apache-2.0"},
+        ],
         "mutable": list(MUTABLE),
     }
 
@@ -146,8 +194,14 @@ def manifest(student: Student, profile: Profile, key: str, capacity: int, tokeni
 def _modality(entry: Any) -> dict[str, Any]:
     row: dict[str, Any] = {"tokens": [entry.first, entry.end]}
     if entry.grid:
-        row |= {"codebooks": entry.codebooks, "codebook_size": entry.codebook_size, "grid": list(entry.grid),
-                "begin": entry.begin_id, "end": entry.end_id, "preprocessing": dict(entry.preprocessing)}
+        row |= {
+            "codebooks": entry.codebooks,
+            "codebook_size": entry.codebook_size,
+            "grid": list(entry.grid),
+            "begin": entry.begin_id,
+            "end": entry.end_id,
+            "preprocessing": dict(entry.preprocessing),
+        }
     return row
 
 

@@ -1,4 +1,5 @@
 """One external-data file for several ONNX models: weights are streamed in once and shared by content."""
+
 from __future__ import annotations
 
 import hashlib
@@ -43,7 +44,12 @@ class WeightFile:
             data = tensor.tobytes()
             offset = self._write(data)
             value.const_value = ir.ExternalTensor(
-                self.path.name, offset, len(data), tensor.dtype, shape=tensor.shape, name=value.name,
+                self.path.name,
+                offset,
+                len(data),
+                tensor.dtype,
+                shape=tensor.shape,
+                name=value.name,
                 base_dir=self.path.parent,
             )
         self._file.flush()

@@ -3,6 +3,7 @@
 Every expected output comes from the libraries' own modules on the student's dequantised weights, never from the
 captured graph, so the golden files are an independent oracle. runtimes/golden.py describes the files.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
@@ -94,8 +95,10 @@ def write_codec(student: Student, modality: str, programs: Mapping[str, Program]
         tensors = {}
         for i, case in enumerate(_cases(student, modality, model, component)):
             with torch.no_grad():
-                tensors |= {f"case{i}.{source.name}": case.numpy(),
-                            f"case{i}.expected.{target.name}": step(model, case).contiguous().numpy()}
+                tensors |= {
+                    f"case{i}.{source.name}": case.numpy(),
+                    f"case{i}.expected.{target.name}": step(model, case).contiguous().numpy(),
+                }
         written[component] = f"{component}.safetensors"
         _save(tensors, folder / written[component])
     return written

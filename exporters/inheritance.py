@@ -2,9 +2,10 @@
 
 A backend gives what stands in its files, the comparison here is bit for bit and knows no backend.
 """
+
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,16 +42,18 @@ class Inheritance:
     mismatches: tuple[str, ...] = field(default=())
 
     def __add__(self, other: Inheritance) -> Inheritance:
-        return Inheritance(self.identical + other.identical, self.total + other.total,
-                           self.mismatches + other.mismatches)
+        return Inheritance(
+            self.identical + other.identical, self.total + other.total, self.mismatches + other.mismatches
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values for the manifest."""
         return {"identical": self.identical, "total": self.total, "mismatches": list(self.mismatches)}
 
 
-def compare(label: str, program: Program, stored: Mapping[str, StoredMatrix],
-            student: Mapping[str, QuantizedTensor]) -> Inheritance:
+def compare(
+    label: str, program: Program, stored: Mapping[str, StoredMatrix], student: Mapping[str, QuantizedTensor]
+) -> Inheritance:
     """Compares every inherited matrix of ``program`` with what stands in an artifact.
 
     Args:
@@ -58,13 +61,17 @@ def compare(label: str, program: Program, stored: Mapping[str, StoredMatrix],
         stored: prefix of the Program's constants -> what the artifact holds.
         student: the student's quantised tensors by module name.
     """
-    checks = [check for prefix, inherited in program.inherited.items()
-              for check in _matrix(f"{label}: {prefix}", inherited, stored.get(prefix), student)]
+    checks = [
+        check
+        for prefix, inherited in program.inherited.items()
+        for check in _matrix(f"{label}: {prefix}", inherited, stored.get(prefix), student)
+    ]
     return Inheritance(sum(same for _, same in checks), len(checks), tuple(name for name, same in checks if not same))
 
 
-def _matrix(where: str, inherited: Inherited, stored: StoredMatrix | None,
-            student: Mapping[str, QuantizedTensor]) -> Iterator[tuple[str, bool]]:
+def _matrix(
+    where: str, inherited: Inherited, stored: StoredMatrix | None, student: Mapping[str, QuantizedTensor]
+) -> Iterator[tuple[str, bool]]:
     start = 0
     for source, rows in zip(inherited.sources, inherited.rows, strict=True):
         tensor = student[source]
@@ -74,16 +81,25 @@ def _matrix(where: str, inherited: Inherited, stored: StoredMatrix | None,
         yield from zip((f"{where} ({source}) {part}" for part in ("codes", "scales", "zero points")), same, strict=True)
 
 
-def _tensor(tensor: QuantizedTensor, stored: StoredMatrix, rows: slice, columns: int) -> Iterable[bool]:
-    middle = np.uint8(2 ** (tensor.bits - 1))
-    whole = lambda values, width: np.repeat(values, width, 1)[:, :columns]
-    zeros = lambda values, like: np.full(like.shape, middle) if values is None else values
-    bits = lambda values: np.ascontiguousarray(values).view(np.uint32)  # bit for bit: -0.0 is not 0.0
-    scales = stored.scales[rows]
-    stored_zeros = zeros(None if stored.zero_points is None else stored.zero_points[rows], scales)
+def _tensor(tensor: QuantizedTensor, stored: StoredMatrix, rows: slice, columns: int) -> tuple[bool, bool, bool]:
+    """Whether codes, scales and zero points are identical, compared column by column."""
+    points = None if stored.zero_points is None else stored.zero_points[rows]
+    scales = _whole(stored.scales[rows], stored.block, columns), _whole(tensor.scales, tensor.group, columns)
+    zeros = (
+        _whole(_zeros(points, stored.scales[rows], tensor.bits), stored.block, columns),
+        _whole(_zeros(tensor.zero_points, tensor.scales, tensor.bits), tensor.group, columns),
+    )
     return (
         stored.bits == tensor.bits and np.array_equal(stored.codes[rows, :columns], tensor.unpack()),
-        np.array_equal(bits(whole(scales, stored.block)), bits(whole(tensor.scales, tensor.group))),
-        np.array_equal(whole(stored_zeros, stored.block),
-                       whole(zeros(tensor.zero_points, tensor.scales), tensor.group)),
+        np.array_equal(*(values.view(np.uint32) for values in scales)),  # bit for bit: -0.0 is not 0.0
+        np.array_equal(*zeros),
     )
+
+
+def _whole(values: np.ndarray, width: int, columns: int) -> np.ndarray:
+    """[N, groups] -> [N, columns]: every column's own value, contiguous."""
+    return np.ascontiguousarray(np.repeat(values, width, 1)[:, :columns])
+
+
+def _zeros(values: np.ndarray | None, like: np.ndarray, bits: int) -> np.ndarray:
+    return np.full(like.shape, 2 ** (bits - 1), np.uint8) if values is None else values

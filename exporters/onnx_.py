@@ -6,6 +6,7 @@ Forms of the language model:
     standard/exact  opset 24 without contrib ops, for every other ONNX runtime
 The discretizers have the two exact forms.
 """
+
 from __future__ import annotations
 
 import logging
@@ -71,15 +72,18 @@ class OnnxExporter:
         wanted = FORMS[form]
         reasons = []
         if profile.onnx_opset is not None and wanted.opset > profile.onnx_opset:
-            reasons.append(f"{program.entry}: {'/'.join(form)} needs opset {wanted.opset}, the profile has "
-                           f"{profile.onnx_opset}")
+            reasons.append(
+                f"{program.entry}: {'/'.join(form)} needs opset {wanted.opset}, the profile has {profile.onnx_opset}"
+            )
         for node in program.exported.graph.nodes:
             namespace = getattr(node.target, "namespace", "aten")
             if node.op == "call_function" and namespace not in ("aten", ops.NAMESPACE, "_operator"):
                 reasons.append(f"{program.entry}: node {node.name} calls {node.target}, which has no ONNX form")
         return reasons
 
-    def export(self, program: Program, out: Path, forms: Iterable[tuple[str, str]], progress=None) -> tuple[Artifact, ...]:
+    def export(
+        self, program: Program, out: Path, forms: Iterable[tuple[str, str]], progress=None
+    ) -> tuple[Artifact, ...]:
         """Writes ``out``/onnx/<entry>.<form>.<mode>.onnx for each form, and one weight file for all of them.
 
         Args:
@@ -107,7 +111,11 @@ def lower(program: Program, recipe: Form) -> ir.Model:
         warnings.simplefilter("ignore", FutureWarning)  # raised inside torch by its own use of pytree
         decomposed = program.exported.run_decompositions(table)
         model = torch.onnx.export(
-            decomposed, dynamo=True, opset_version=recipe.opset, optimize=False, verbose=False,
+            decomposed,
+            dynamo=True,
+            opset_version=recipe.opset,
+            optimize=False,
+            verbose=False,
             input_names=[spec.name for spec in program.inputs] + [state.input for state in program.states],
             output_names=[spec.name for spec in program.outputs] + [state.output for state in program.states],
         ).model
@@ -129,17 +137,28 @@ def _origins(decomposed: ExportedProgram) -> dict[str, str]:
 def _artifact(program: Program, form: str, mode: str, model: ir.Model, path: Path, data: Path, out: Path) -> Artifact:
     relative = [p.relative_to(out).as_posix() for p in (path, data)]
     return Artifact(
-        component=program.entry, backend=OnnxExporter.name, form=form, mode=mode, model=relative[0],
-        files=tuple(relative), inputs=program.inputs, outputs=program.outputs, states=program.states,
-        precision=_precision(program, mode), bytes_per_token=bytes_per_token(program),
-        operators=dict(sorted(Counter(node.op_type for node in model.graph).items())), preferred=False,
+        component=program.entry,
+        backend=OnnxExporter.name,
+        form=form,
+        mode=mode,
+        model=relative[0],
+        files=tuple(relative),
+        inputs=program.inputs,
+        outputs=program.outputs,
+        states=program.states,
+        precision=_precision(program, mode),
+        bytes_per_token=bytes_per_token(program),
+        operators=dict(sorted(Counter(node.op_type for node in model.graph).items())),
+        preferred=False,
     )
 
 
 def _precision(program: Program, mode: str) -> dict[str, str]:
     weights = sorted({f"int{matrix.bits} in blocks of {matrix.block}" for matrix in program.inherited.values()})
-    return {"weights": ", ".join(weights) or "float32",
-            "activations": "int8 per block" if mode == "fast" else "float32"}
+    return {
+        "weights": ", ".join(weights) or "float32",
+        "activations": "int8 per block" if mode == "fast" else "float32",
+    }
 
 
 def bytes_per_token(program: Program) -> int | None:

@@ -1,4 +1,5 @@
 """Reads quantised matrices back out of a written ONNX model, from the nodes that compute with them."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -48,5 +49,5 @@ def _from_matmul(node: ir.Node) -> StoredMatrix:
 def _from_dequantize(node: ir.Node) -> StoredMatrix:
     codes, scales, zeros = node.inputs
     bits = codes.dtype.bitwidth
-    as_codes = lambda value: _values(value).astype(np.uint8)
-    return StoredMatrix(as_codes(codes), _values(scales), as_codes(zeros), bits, node.attributes["block_size"].as_int())
+    unpacked, points = (_values(value).astype(np.uint8) for value in (codes, zeros))
+    return StoredMatrix(unpacked, _values(scales), points, bits, node.attributes["block_size"].as_int())

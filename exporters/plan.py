@@ -1,4 +1,5 @@
 """What a build will make for a profile, what it leaves out and why, and whether the result can fit the device."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
@@ -56,16 +57,22 @@ def plan_entries(profile: Profile, program: Program, backends: Iterable[str] | N
     entries = []
     for label in profile.components.get(program.entry, ()):
         backend, form, mode = label.split("/")
-        entries.append(Entry(program.entry, backend, form, mode, _left_out(profile, program, backends, backend, form, mode)))
+        entries.append(
+            Entry(program.entry, backend, form, mode, _left_out(profile, program, backends, backend, form, mode))
+        )
     if all(entry.left_out for entry in entries):
         reasons = "; ".join(f"{e.label}: {e.left_out}" for e in entries) or "the profile lists no artifact for it"
-        raise PlanError(f"nothing can be made for {program.entry} ({reasons})", where=f"profile {profile.name}",
-                        way_out="Choose another profile or other --backends.")
+        raise PlanError(
+            f"nothing can be made for {program.entry} ({reasons})",
+            where=f"profile {profile.name}",
+            way_out="Choose another profile or other --backends.",
+        )
     return tuple(entries)
 
 
-def _left_out(profile: Profile, program: Program, backends: Iterable[str] | None, backend: str, form: str,
-              mode: str) -> str:
+def _left_out(
+    profile: Profile, program: Program, backends: Iterable[str] | None, backend: str, form: str, mode: str
+) -> str:
     if backends is not None and backend not in backends:
         return "not among --backends"
     exporter = EXPORTERS.get(backend)
@@ -81,10 +88,15 @@ def check_backends(names: Iterable[str]) -> tuple[str, ...]:
     chosen = tuple(names)
     for name in chosen:
         if name not in KNOWN_FORMS:
-            raise PlanError(f"unknown backend {name!r}", where="--backends", way_out=f"Known: {', '.join(KNOWN_FORMS)}.")
+            raise PlanError(
+                f"unknown backend {name!r}", where="--backends", way_out=f"Known: {', '.join(KNOWN_FORMS)}."
+            )
     if not set(chosen) & set(EXPORTERS):
-        raise PlanError(f"none of {', '.join(chosen)} is built in this version", where="--backends",
-                        way_out=f"Built: {', '.join(EXPORTERS)}.")
+        raise PlanError(
+            f"none of {', '.join(chosen)} is built in this version",
+            where="--backends",
+            way_out=f"Built: {', '.join(EXPORTERS)}.",
+        )
     return chosen
 
 
@@ -118,6 +130,8 @@ def check_fit(profile: Profile, prediction: Forecast) -> None:
     )
     for what, predicted, limit, key in limits:
         if limit is not None and predicted > limit:
-            raise PlanError(f"{what} would take {predicted / 1e6:.1f} MB of {limit / 1e6:.1f} MB ({key})",
-                            where=f"profile {profile.name}",
-                            way_out="Use a smaller student, fewer bits, or a shorter context (--context).")
+            raise PlanError(
+                f"{what} would take {predicted / 1e6:.1f} MB of {limit / 1e6:.1f} MB ({key})",
+                where=f"profile {profile.name}",
+                way_out="Use a smaller student, fewer bits, or a shorter context (--context).",
+            )

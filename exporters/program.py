@@ -3,6 +3,7 @@
 The graph is captured on meta tensors. Each weight is a Constant that knows how to load itself, so capture costs no
 memory and an exporter can stream weights from the checkpoint to the artifact one at a time.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
@@ -79,11 +80,17 @@ class Program:
     inherited: Mapping[str, Inherited] = field(default_factory=dict)
 
 
-def capture(entry: str, module: torch.nn.Module, examples: tuple[torch.Tensor, ...],
-            dynamic: Mapping[str, Mapping[int, str]], outputs: tuple[TensorSpec, ...],
-            names: tuple[str, ...], states: tuple[StateSpec, ...] = (),
-            constants: Mapping[str, Constant] | None = None,
-            inherited: Mapping[str, Inherited] | None = None) -> Program:
+def capture(
+    entry: str,
+    module: torch.nn.Module,
+    examples: tuple[torch.Tensor, ...],
+    dynamic: Mapping[str, Mapping[int, str]],
+    outputs: tuple[TensorSpec, ...],
+    names: tuple[str, ...],
+    states: tuple[StateSpec, ...] = (),
+    constants: Mapping[str, Constant] | None = None,
+    inherited: Mapping[str, Inherited] | None = None,
+) -> Program:
     """Traces ``module`` with torch.export.
 
     Args:
@@ -92,18 +99,22 @@ def capture(entry: str, module: torch.nn.Module, examples: tuple[torch.Tensor, .
         names: the caller's inputs, then the states' inputs.
         constants: how to load each parameter and buffer; by default the module's own values.
     """
-    shapes = tuple({axis: torch.export.Dim.DYNAMIC for axis in dynamic.get(name, {})} or None for name in names)
+    shapes = tuple(dict.fromkeys(dynamic.get(name, {}), torch.export.Dim.DYNAMIC) or None for name in names)
     if states:  # the states arrive as *args, which torch.export describes by one nested tuple
-        shapes = (*shapes[:-len(states)], tuple(shapes[-len(states):]))
+        shapes = (*shapes[: -len(states)], tuple(shapes[-len(states) :]))
     with torch.no_grad():
         exported = torch.export.export(module, examples, dynamic_shapes=shapes, strict=False)
     if constants is None:
-        constants = {name: Constant.of(t.detach().numpy()) for name, t in
-                     {**exported.state_dict, **exported.constants}.items()}
+        constants = {
+            name: Constant.of(t.detach().numpy()) for name, t in {**exported.state_dict, **exported.constants}.items()
+        }
     caller = names[: len(names) - len(states)]
     inputs = tuple(
-        TensorSpec(name, str(example.dtype).removeprefix("torch."),
-                   tuple(dynamic.get(name, {}).get(axis, size) for axis, size in enumerate(example.shape)))
-        for name, example in zip(caller, examples)
+        TensorSpec(
+            name,
+            str(example.dtype).removeprefix("torch."),
+            tuple(dynamic.get(name, {}).get(axis, size) for axis, size in enumerate(example.shape)),
+        )
+        for name, example in zip(caller, examples, strict=False)
     )
     return Program(entry, exported, inputs, outputs, states, constants, dict(inherited or {}))

@@ -1,4 +1,5 @@
 """The shipped reference student as a complete delivery package folder."""
+
 from __future__ import annotations
 
 import shutil
@@ -20,10 +21,15 @@ def assemble(variant: str, destination: str | Path, source: Path = DATA) -> Path
     """
     destination = Path(destination)
     if variant not in VARIANTS:
-        raise PackageError(f"no variant {variant!r} of the reference student", way_out=f"There are: {', '.join(VARIANTS)}")
+        raise PackageError(
+            f"no variant {variant!r} of the reference student", way_out=f"There are: {', '.join(VARIANTS)}"
+        )
     if not (source / variant).is_dir():
-        raise PackageError("the reference student is not there", where=str(source / variant),
-                           way_out="Install the project again, or name a package with --package.")
+        raise PackageError(
+            "the reference student is not there",
+            where=str(source / variant),
+            way_out="Install the project again, or name a package with --package.",
+        )
     if destination.exists() and any(destination.iterdir()):
         raise PackageError("is not empty", where=str(destination), way_out="Name a new folder.")
     for part in ("shared", variant):

@@ -1,9 +1,10 @@
 """The stages of a build, each a function from what the last one gave to what the next one takes."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 from device_profiles.schema import Profile
@@ -31,8 +32,14 @@ class Planned:
     forecast: Forecast
 
 
-def plan(package: Path, floating: Path | None, profile: Profile, backends: Iterable[str] | None, context: int | None,
-         progress: Progress) -> Planned:
+def plan(
+    package: Path,
+    floating: Path | None,
+    profile: Profile,
+    backends: Iterable[str] | None,
+    context: int | None,
+    progress: Progress,
+) -> Planned:
     """Loads and captures the student, and decides what to make. Nothing is written.
 
     Raises:
@@ -56,24 +63,34 @@ def plan(package: Path, floating: Path | None, profile: Profile, backends: Itera
 def _twin(student: Student, floating: Student) -> Student:
     """The float package, if it is the same student: one tokenizer and vocabulary, and no quantised weight."""
     if floating.quantized:
-        raise ExportError("is quantised itself", where=f"--float-package {floating.folder}",
-                          way_out="Name the float student that this one was quantised from.")
+        raise ExportError(
+            "is quantised itself",
+            where=f"--float-package {floating.folder}",
+            way_out="Name the float student that this one was quantised from.",
+        )
     if floating.config["vocab_size"] != student.config["vocab_size"]:
-        raise ExportError(f"has {floating.config['vocab_size']} tokens, the student {student.config['vocab_size']}",
-                          where=f"--float-package {floating.folder}", way_out="Name the float twin of this student.")
+        raise ExportError(
+            f"has {floating.config['vocab_size']} tokens, the student {student.config['vocab_size']}",
+            where=f"--float-package {floating.folder}",
+            way_out="Name the float twin of this student.",
+        )
     return floating
 
 
 def _capacity(student: Student, profile: Profile, context: int | None) -> int:
     longest = student.config.get("max_position_embeddings", profile.max_context)
     if context is not None and context > longest:
-        raise ExportError(f"{context} tokens are more than the student's {longest}", where="--context",
-                          way_out="Ask for fewer.")
+        raise ExportError(
+            f"{context} tokens are more than the student's {longest}", where="--context", way_out="Ask for fewer."
+        )
     capacity = min(longest, context or profile.max_context)
     smallest = golden.STEPS + golden.LONGEST_PROMPT
     if capacity < smallest:
-        raise ExportError(f"{capacity} positions are too few for the {golden.STEPS} steps of the parity gate",
-                          where="context", way_out=f"At least {smallest} are needed.")
+        raise ExportError(
+            f"{capacity} positions are too few for the {golden.STEPS} steps of the parity gate",
+            where="context",
+            way_out=f"At least {smallest} are needed.",
+        )
     return capacity
 
 
@@ -87,8 +104,12 @@ def export(planned: Planned, folder: Path, progress: Progress) -> tuple[Artifact
             progress(f"export {component} for {backend}", 0)
             forms = [(entry.form, entry.mode) for entry in made if entry.backend == backend]
             exporter = EXPORTERS[backend]
-            for artifact in exporter.export(planned.programs[component], folder, forms,
-                                            lambda size, name=component: progress(f"export {name}", size)):
+            for artifact in exporter.export(
+                planned.programs[component],
+                folder,
+                forms,
+                lambda size, name=component: progress(f"export {name}", size),
+            ):
                 written[artifact.label] = artifact
         artifacts += [replace(written[entry.label], preferred=entry is made[0]) for entry in made]
     return tuple(artifacts)
@@ -121,15 +142,36 @@ def write_golden(planned: Planned, folder: Path, progress: Progress) -> tuple[di
     return paths, noise
 
 
-def finish(planned: Planned, profile: Profile, key: str, artifacts: tuple[Artifact, ...], golden_files: dict[str, str],
-           noise: float, inherited: Inheritance, folder: Path, progress: Progress) -> Bundle:
+def finish(
+    planned: Planned,
+    profile: Profile,
+    key: str,
+    artifacts: tuple[Artifact, ...],
+    golden_files: dict[str, str],
+    noise: float,
+    inherited: Inheritance,
+    folder: Path,
+    progress: Progress,
+) -> Bundle:
     """Adds the rest of the contents, checks that the package is still what was read, and writes the manifest last."""
     tokenizer = contents.write_contents(planned.student, profile, folder)
     widths = [matrix.bits for matrix in planned.programs["lm"].inherited.values()]
     limits = contents.tolerances(profile, planned.programs, noise)
     limits += contents.loss_tolerances(profile, min(widths, default=None))
     planned.student.verify_unchanged()
-    return write_manifest(folder, contents.manifest(
-        planned.student, profile, key, planned.capacity, tokenizer, artifacts, golden_files, limits, inherited,
-        datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    ), progress)
+    return write_manifest(
+        folder,
+        contents.manifest(
+            planned.student,
+            profile,
+            key,
+            planned.capacity,
+            tokenizer,
+            artifacts,
+            golden_files,
+            limits,
+            inherited,
+            datetime.now(UTC).isoformat(timespec="seconds"),
+        ),
+        progress,
+    )

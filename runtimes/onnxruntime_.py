@@ -52,7 +52,9 @@ class OnnxRuntimeSession(CheckedSession):
         if threads is not None:
             options.intra_op_num_threads = threads
         # Otherwise the optimiser turns DequantizeLinear + MatMul into int8 activations by itself (level 4).
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4" if artifact.mode == "fast" else "1")
+        options.add_session_config_entry(
+            "session.qdq_matmulnbits_accuracy_level", "4" if artifact.mode == "fast" else "1"
+        )
         with _translated(f"{artifact.component} ({artifact.label})", loading=True):
             session = onnxruntime.InferenceSession(str(bundle.file(artifact.model)), options, providers=_PROVIDERS)
         return cls(session, artifact, limits_of(bundle, artifact), timing=timing)

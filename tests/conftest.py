@@ -33,3 +33,15 @@ def make_tiny_student(tmp_path_factory: pytest.TempPathFactory) -> MakeStudent:
 def tiny_student(make_tiny_student: MakeStudent) -> Path:
     """The int4 llama package; read only."""
     return make_tiny_student()
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_student: Path, make_tiny_student: MakeStudent, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle built from the int4 student for this machine, with its float twin's logits; copy before changing it."""
+    from device_profiles import load_profile
+    from exporters.build import Request, build
+
+    output = tmp_path_factory.mktemp("bundle") / "tiny"
+    request = Request(load_profile("host"), tiny_student, make_tiny_student(variant="float"), output, bench=False,
+                      allow_failed=True)
+    return build(request)[0].folder

@@ -2,6 +2,7 @@
 
 ``capture_student`` is the one way in; a new family of discretizer is a file and a row in DISCRETIZERS.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping

@@ -1,4 +1,5 @@
 """transformers' DacModel as ``audio_encoder`` (waveform to codes) and ``audio_decoder`` (codes to waveform)."""
+
 from __future__ import annotations
 
 import copy
@@ -36,7 +37,9 @@ class AudioDecoder(nn.Module):
     def __init__(self, model: DacModel):
         super().__init__()
         self.decoder, self.size = with_fused_snake(model.decoder), model.config.codebook_size
-        tables = [folded_table(q.codebook.weight, q.out_proj.weight, q.out_proj.bias) for q in model.quantizer.quantizers]
+        tables = [
+            folded_table(q.codebook.weight, q.out_proj.weight, q.out_proj.bias) for q in model.quantizer.quantizers
+        ]
         self.register_buffer("tables", torch.cat(tables))
 
     def forward(self, codes: Tensor) -> Tensor:
@@ -78,16 +81,26 @@ def capture_audio(model: DacModel, frames: int) -> tuple[Program, Program]:
     """Captures (decoder, encoder), both with a dynamic number of frames."""
     codebooks, hop = model.config.n_codebooks, model.config.hop_length
     decoder, encoder = AudioDecoder(model).eval(), AudioEncoder(model).eval()
-    codes = torch.arange(codebooks * frames, dtype=torch.int32).reshape(1, codebooks, frames) % model.config.codebook_size
+    codes = (
+        torch.arange(codebooks * frames, dtype=torch.int32).reshape(1, codebooks, frames) % model.config.codebook_size
+    )
     audio = 0.3 * torch.sin(torch.arange(frames * hop) * 0.05)[None, None]
     with torch.no_grad():
         assert_equal("audio_decoder", decoder(codes), reference_decode(model, codes), FOLD_TOLERANCE)
     decoding = capture(
-        "audio_decoder", decoder, (codes,), {"codes": {2: "T"}},
-        outputs=(TensorSpec("audio", "float32", (1, 1, "L")),), names=("codes",),
+        "audio_decoder",
+        decoder,
+        (codes,),
+        {"codes": {2: "T"}},
+        outputs=(TensorSpec("audio", "float32", (1, 1, "L")),),
+        names=("codes",),
     )
     encoding = capture(
-        "audio_encoder", encoder, (audio,), {"audio": {2: "L"}},
-        outputs=(TensorSpec("codes", "int32", (1, codebooks, "T")),), names=("audio",),
+        "audio_encoder",
+        encoder,
+        (audio,),
+        {"audio": {2: "L"}},
+        outputs=(TensorSpec("codes", "int32", (1, codebooks, "T")),),
+        names=("audio",),
     )
     return decoding, encoding

@@ -4,6 +4,7 @@ Nothing is rewritten and nothing is monkeypatched. What changes enters through t
 the attention registry, a cache object, keyword arguments that transformers hands down to attention, and swaps of
 whole leaf modules. Each swap is proven against the module it replaces, on random values, before it is used.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -58,16 +59,35 @@ class StateCache:
         return 0
 
 
-def _edge_attention(module, query, key, value, attention_mask, scaling=None, edge_cache=None, sliding_window=None,
-                    softcap=None, **kwargs):
+def _edge_attention(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling=None,
+    edge_cache=None,
+    sliding_window=None,
+    softcap=None,
+    **kwargs,
+):
     """transformers' attention interface on top of ``edge::kv_attention``; query and key come with RoPE applied."""
     heads, kv_heads = query.shape[1], key.shape[1]
     rows = [t.transpose(1, 2).flatten(2) for t in (query, key, value)]
     at = 2 * module.layer_idx
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     out, edge_cache.present[at], edge_cache.present[at + 1] = ops.kv_attention(
-        *rows, edge_cache.past[at], edge_cache.past[at + 1], edge_cache.last, None, None, heads, kv_heads, scale,
-        sliding_window or 0, softcap or 0.0,
+        *rows,
+        edge_cache.past[at],
+        edge_cache.past[at + 1],
+        edge_cache.last,
+        None,
+        None,
+        heads,
+        kv_heads,
+        scale,
+        sliding_window or 0,
+        softcap or 0.0,
     )
     return out, None
 
@@ -88,7 +108,11 @@ class LanguageModel(nn.Module):
         cache = StateCache(list(past), last)
         positions = last - (ids.shape[1] - 1) + torch.arange(ids.shape[1], dtype=torch.int32, device=ids.device)
         hidden = self.model(
-            input_ids=ids, position_ids=positions[None], past_key_values=cache, use_cache=True, edge_cache=cache,
+            input_ids=ids,
+            position_ids=positions[None],
+            past_key_values=cache,
+            use_cache=True,
+            edge_cache=cache,
         ).last_hidden_state
         return self.lm_head(hidden[:, -1]), *cache.present
 
@@ -124,16 +148,25 @@ def capture_lm(student: Student, capacity: int) -> Program:
     shape = (1, config.num_key_value_heads, capacity, width)
     states = tuple(
         StateSpec(f"{kind}_{i}", "float32", shape, f"past_{kind}_{i}", f"present_{kind}_{i}")
-        for i in range(layers) for kind in ("key", "value")
+        for i in range(layers)
+        for kind in ("key", "value")
     )
     with fake:
-        examples = (torch.zeros(1, 3, dtype=torch.int32), torch.zeros(1, dtype=torch.int32),
-                    *(torch.zeros(shape) for _ in states))
+        examples = (
+            torch.zeros(1, 3, dtype=torch.int32),
+            torch.zeros(1, dtype=torch.int32),
+            *(torch.zeros(shape) for _ in states),
+        )
     program = capture(
-        "lm", LanguageModel(model), examples, {"ids": {1: "S"}},
+        "lm",
+        LanguageModel(model),
+        examples,
+        {"ids": {1: "S"}},
         outputs=(TensorSpec("logits", "float32", (1, config.vocab_size)),),
-        names=("ids", "last", *(s.input for s in states)), states=states,
-        constants=swap.constants, inherited=swap.inherited,
+        names=("ids", "last", *(s.input for s in states)),
+        states=states,
+        constants=swap.constants,
+        inherited=swap.inherited,
     )
     return passes.apply(program, passes.PROGRAM)
 
@@ -190,7 +223,7 @@ class _Swap:
         fused = self._linear(f"{path}.{joined}", sources, linears[0].bias is not None)
         setattr(parent, joined, fused)
         start = 0
-        for part, linear in zip(parts, linears):
+        for part, linear in zip(parts, linears, strict=True):
             setattr(parent, part, modules.LinearSlice(fused, start, start + linear.out_features))
             start += linear.out_features
 
@@ -227,11 +260,14 @@ class _Swap:
         rows, columns = sum(t.shape[0] for t in tensors), tensors[0].shape[1]
         matrix = self._new(modules.QuantizedWeight, rows, columns, layout)
         for name, buffer in matrix.named_buffers():
-            parts = [Constant(_dtype(buffer), (t.shape[0], *buffer.shape[1:]), partial(self._part, name, source))
-                     for t, source in zip(tensors, sources)]
+            parts = [
+                Constant(_dtype(buffer), (t.shape[0], *buffer.shape[1:]), partial(self._part, name, source))
+                for t, source in zip(tensors, sources, strict=True)
+            ]
             self.constants[f"{path}.{name}"] = _concatenated(parts)
-        self.inherited[path] = Inherited(tuple(sources), tuple(t.shape[0] for t in tensors), columns, layout.bits,
-                                         layout.block)
+        self.inherited[path] = Inherited(
+            tuple(sources), tuple(t.shape[0] for t in tensors), columns, layout.bits, layout.block
+        )
         return matrix
 
     def _part(self, name: str, source: str) -> np.ndarray:
@@ -245,8 +281,11 @@ class _Swap:
         """Swaps a norm after comparing it, on random values, with ``edge::rms_norm``."""
         eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
         if eps is None or not hasattr(norm, "weight"):
-            raise UnsupportedModule(f"{type(norm).__name__} has no epsilon or weight that is understood", where=path,
-                                    way_out="Add a row for this family's norm in exporters/families.")
+            raise UnsupportedModule(
+                f"{type(norm).__name__} has no epsilon or weight that is understood",
+                where=path,
+                way_out="Add a row for this family's norm in exporters/families.",
+            )
         size = norm.weight.shape[0]
         generator = torch.Generator().manual_seed(0)
         weight, x = torch.randn(size, generator=generator), torch.randn(2, 3, size, generator=generator)
@@ -259,16 +298,23 @@ class _Swap:
         """Tabulates the family's own rotary module, after checking that its angles depend on position alone."""
         kind = config.rope_parameters.get("rope_type", "default") if config.rope_parameters else "default"
         if kind not in TABLE_ROPE:
-            raise UnsupportedModule(f"RoPE type {kind!r} changes with the sequence length", where=path,
-                                    way_out=f"Supported: {', '.join(TABLE_ROPE)}.")
+            raise UnsupportedModule(
+                f"RoPE type {kind!r} changes with the sequence length",
+                where=path,
+                way_out=f"Supported: {', '.join(TABLE_ROPE)}.",
+            )
         own = type(rotary)(config=config)
         positions = torch.arange(self.capacity)[None]
         with torch.no_grad():
             cos, sin = own(torch.zeros(1), positions)
             short = own(torch.zeros(1), positions[:, :2])
         half = cos.shape[-1] // 2
-        _same(path, rotary, torch.cat([cos[..., :half], sin[..., :half]], -1),
-              torch.cat([cos[..., half:], sin[..., half:]], -1))
+        _same(
+            path,
+            rotary,
+            torch.cat([cos[..., :half], sin[..., :half]], -1),
+            torch.cat([cos[..., half:], sin[..., half:]], -1),
+        )
         _same(path, rotary, short[0], cos[:, :2])
         for name, values in (("cos", cos), ("sin", sin)):
             self.constants[f"{path}.{name}"] = Constant.of(values[0, :, :half].contiguous().numpy())
@@ -280,8 +326,11 @@ class _Swap:
             if name in self.constants:
                 continue
             if name not in self.student.tensors:
-                raise UnsupportedModule("the checkpoint has no value for this tensor", where=name,
-                                        way_out="The module holding it is not one that the capture understands.")
+                raise UnsupportedModule(
+                    "the checkpoint has no value for this tensor",
+                    where=name,
+                    way_out="The module holding it is not one that the capture understands.",
+                )
             self.constants[name] = self._float(name)
 
 
@@ -294,8 +343,10 @@ def _same(path: str, module: nn.Module, expected: Tensor, got: Tensor) -> None:
     error = (expected - got).abs().max().item()
     if not error <= _PROBE_TOLERANCE * max(1.0, expected.abs().max().item()):
         raise UnsupportedModule(
-            f"{type(module).__name__} computes something else than its fused form (difference {error:.2g})", where=path,
-            way_out="Add this family's variant in exporters/families.")
+            f"{type(module).__name__} computes something else than its fused form (difference {error:.2g})",
+            where=path,
+            way_out="Add this family's variant in exporters/families.",
+        )
 
 
 def _concatenated(parts: list[Constant]) -> Constant:

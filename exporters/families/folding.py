@@ -1,4 +1,5 @@
 """Folding of a codebook with the linear map behind it, and the check that every fold passes before it is used."""
+
 from __future__ import annotations
 
 import torch
@@ -24,5 +25,8 @@ def assert_equal(where: str, got: Tensor, expected: Tensor, tolerance: float) ->
     """Raises FoldMismatch unless the largest difference is within ``tolerance`` of the largest value."""
     error = (got - expected).abs().max().item() / max(expected.abs().max().item(), torch.finfo(torch.float32).tiny)
     if not error <= tolerance:
-        raise FoldMismatch(f"the fused form differs from the library's own by {error:.2g} relative", where=where,
-                           way_out="This model has a part that the fold does not know; report its config.")
+        raise FoldMismatch(
+            f"the fused form differs from the library's own by {error:.2g} relative",
+            where=where,
+            way_out="This model has a part that the fold does not know; report its config.",
+        )

@@ -1,4 +1,5 @@
 """diffusers' VQModel as ``image_encoder`` (image to codes) and ``image_decoder`` (codes to image)."""
+
 from __future__ import annotations
 
 import torch
@@ -65,12 +66,20 @@ def capture_image(model: VQModel, grid: tuple[int, int], size: tuple[int, int]) 
         assert_equal("image_decoder", decoder(codes), reference_decode(model, codes), FOLD_TOLERANCE)
     channels_out, channels_in = model.config.out_channels, model.config.in_channels
     decoding = capture(
-        "image_decoder", decoder, (codes,), {"codes": {0: "B"}},
-        outputs=(TensorSpec("image", "float32", ("B", channels_out, *size)),), names=("codes",),
+        "image_decoder",
+        decoder,
+        (codes,),
+        {"codes": {0: "B"}},
+        outputs=(TensorSpec("image", "float32", ("B", channels_out, *size)),),
+        names=("codes",),
     )
     image = torch.zeros(2, channels_in, *size)
     encoding = capture(
-        "image_encoder", ImageEncoder(model).eval(), (image,), {"image": {0: "B"}},
-        outputs=(TensorSpec("codes", "int32", ("B", *grid)),), names=("image",),
+        "image_encoder",
+        ImageEncoder(model).eval(),
+        (image,),
+        {"image": {0: "B"}},
+        outputs=(TensorSpec("codes", "int32", ("B", *grid)),),
+        names=("image",),
     )
     return decoding, encoding

@@ -1,4 +1,5 @@
 """Drop-in modules that carry fused ops into a transformers model: same call, same result, other kernel."""
+
 from __future__ import annotations
 
 import torch
@@ -19,6 +20,10 @@ class Shared:
         return self._module
 
 
+def _bytes(*shape: int) -> Tensor:
+    return torch.empty(*shape, dtype=torch.uint8)
+
+
 class QuantizedWeight(nn.Module):
     """Buffers of one block-quantised matrix, in the layout of ``edge::quantized_linear``.
 
@@ -31,10 +36,9 @@ class QuantizedWeight(nn.Module):
         super().__init__()
         blocks = -(-columns // layout.block)
         self.bits, self.columns = layout.bits, columns
-        empty = lambda *shape: torch.empty(*shape, dtype=torch.uint8)
-        self.register_buffer("codes", empty(rows, blocks, layout.block * layout.bits // 8))
+        self.register_buffer("codes", _bytes(rows, blocks, layout.block * layout.bits // 8))
         self.register_buffer("scales", torch.empty(rows, blocks))
-        self.register_buffer("zeros", empty(rows, -(-blocks * layout.bits // 8)) if layout.zero_points else None)
+        self.register_buffer("zeros", _bytes(rows, -(-blocks * layout.bits // 8)) if layout.zero_points else None)
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``x @ W.T + bias``."""
@@ -83,7 +87,7 @@ class LinearSlice(nn.Module):
         self._joined, self._start, self._stop = Shared(joined), start, stop
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._joined()(x)[..., self._start:self._stop]
+        return self._joined()(x)[..., self._start : self._stop]
 
 
 class TiedHead(nn.Module):

@@ -1,4 +1,5 @@
-"""The discretizers through their own libraries: what golden outputs are computed with, and inputs to compute them on."""
+"""The discretizers through their own libraries: what golden outputs are computed with, and on which inputs."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping

@@ -1,4 +1,5 @@
 """The fused ops, one file each; importing this package registers them all in ``torch.ops.edge``."""
+
 from exporters.ops._registry import NAMESPACE, REGISTRY, FusedOp
 from exporters.ops.aten import aten_lowerings
 from exporters.ops.codebook_lookup import codebook_lookup
@@ -9,6 +10,17 @@ from exporters.ops.snake import snake
 from exporters.ops.swiglu import swiglu
 
 __all__ = [
-    "NAMESPACE", "REGISTRY", "FusedOp", "add_rms_norm", "aten_lowerings", "codebook_lookup", "kv_attention", "quantized_embedding",
-    "quantized_linear", "rms_norm", "rope_angles", "snake", "swiglu",
+    "NAMESPACE",
+    "REGISTRY",
+    "FusedOp",
+    "add_rms_norm",
+    "aten_lowerings",
+    "codebook_lookup",
+    "kv_attention",
+    "quantized_embedding",
+    "quantized_linear",
+    "rms_norm",
+    "rope_angles",
+    "snake",
+    "swiglu",
 ]

@@ -4,6 +4,7 @@ A fused op is an opaque node in the captured Program. Its reference serves as th
 shape function (it runs on fake tensors) and as the decomposition of every backend that has no lowering for it,
 so the five can never drift apart.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
@@ -61,7 +62,9 @@ def _supports_all(target: str, *args, **kwargs) -> None:
     return None
 
 
-def fused_op(lowerings: Lowerings, supports: Callable[..., str | None] = _supports_all) -> Callable[[Callable], FusedOp]:
+def fused_op(
+    lowerings: Lowerings, supports: Callable[..., str | None] = _supports_all
+) -> Callable[[Callable], FusedOp]:
     """Registers the decorated reference as ``edge::<its name>`` with its fake and its lowerings."""
 
     def register(reference: Callable) -> FusedOp:

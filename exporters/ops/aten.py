@@ -1,4 +1,5 @@
 """Lowerings of PyTorch's own operators where a backend's default translation is worse than what it offers."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -14,15 +15,22 @@ def _onnx_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     """One Gemm that reads the weight as it is stored, or one MatMul; never a reshape around it."""
     rows = weight.shape[0]
     if x.dim() == 2:
-        return onnx_ops.symbolic("::Gemm", [x, weight, bias] if bias is not None else [x, weight], dict(transB=1),
-                                 dtype=x.dtype, shape=(x.shape[0], rows), version=13)
+        return onnx_ops.symbolic(
+            "::Gemm",
+            [x, weight, bias] if bias is not None else [x, weight],
+            dict(transB=1),
+            dtype=x.dtype,
+            shape=(x.shape[0], rows),
+            version=13,
+        )
     y = onnx_ops.symbolic("::MatMul", [x, weight.t()], {}, dtype=x.dtype, shape=(*x.shape[:-1], rows), version=13)
     return y if bias is None else y + bias
 
 
 def _onnx_embedding(weight: Tensor, ids: Tensor, *options) -> Tensor:
-    return onnx_ops.symbolic("::Gather", [weight, ids], dict(axis=0), dtype=weight.dtype,
-                             shape=(*ids.shape, weight.shape[1]), version=13)
+    return onnx_ops.symbolic(
+        "::Gather", [weight, ids], dict(axis=0), dtype=weight.dtype, shape=(*ids.shape, weight.shape[1]), version=13
+    )
 
 
 _ONNX = {ATEN.linear.default: _onnx_linear, ATEN.embedding.default: _onnx_embedding}

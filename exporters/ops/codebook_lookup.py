@@ -3,6 +3,7 @@
 A VQ decoder looks a code up and multiplies it by a 1x1 convolution. Both are linear in the table's rows, so the
 product table is computed once, in float64, and rounded once: gather(E) @ W.T + b == gather(E @ W.T + b).
 """
+
 from __future__ import annotations
 
 import torch
@@ -23,8 +24,9 @@ def _rows(codes: Tensor, tables: Tensor, size: int) -> Tensor:
 
 def _lower_onnx(codes: Tensor, tables: Tensor, size: int) -> Tensor:
     rows = _rows(codes, tables, size)
-    entries = onnx_ops.symbolic("::Gather", [tables, rows], dict(axis=0), dtype=tables.dtype,
-                                shape=(*rows.shape, tables.shape[1]), version=13)
+    entries = onnx_ops.symbolic(
+        "::Gather", [tables, rows], dict(axis=0), dtype=tables.dtype, shape=(*rows.shape, tables.shape[1]), version=13
+    )
     return entries.sum(1).movedim(-1, 1)
 
 

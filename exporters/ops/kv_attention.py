@@ -3,6 +3,7 @@
 The cache is [B, KV, C, D]; slot i holds the key of position i. The functional form (cache in, cache out) lets
 every backend bind both to one buffer and write in place.
 """
+
 from __future__ import annotations
 
 import torch
@@ -39,8 +40,9 @@ def _split(query, key, value, heads, kv_heads):
     return query.split([heads * width, kv_heads * width, kv_heads * width], -1)
 
 
-def _lower_group_query_attention(query, key, value, past_key, past_value, last, cos, sin, heads, kv_heads, scale,
-                                 window, softcap):
+def _lower_group_query_attention(
+    query, key, value, past_key, past_value, last, cos, sin, heads, kv_heads, scale, window, softcap
+):
     batch, steps = query.shape[:2]
     attributes = dict(num_heads=heads, kv_num_heads=kv_heads, scale=scale, do_rotary=int(cos is not None))
     if window > 0:
@@ -50,8 +52,10 @@ def _lower_group_query_attention(query, key, value, past_key, past_value, last, 
     total = (last + 1).squeeze(0)
     out, new_key, new_value = onnx_ops.symbolic_multi_out(
         "com.microsoft::GroupQueryAttention",
-        [query, key, value, past_key, past_value, last, total, cos, sin], attributes,
-        dtypes=[query.dtype] * 3, shapes=[(batch, steps, heads * past_key.shape[3]), past_key.shape, past_value.shape],
+        [query, key, value, past_key, past_value, last, total, cos, sin],
+        attributes,
+        dtypes=[query.dtype] * 3,
+        shapes=[(batch, steps, heads * past_key.shape[3]), past_key.shape, past_value.shape],
         version=1,
     )
     return out, new_key, new_value
@@ -66,24 +70,39 @@ def _lower_standard(query, key, value, past_key, past_value, last, cos, sin, hea
     if cos is not None:
         at = positions.long()
         query, key = (
-            onnx_ops.symbolic("::RotaryEmbedding", [t, cos, sin, at], dict(num_heads=n), dtype=t.dtype, shape=t.shape,
-                              version=23)
+            onnx_ops.symbolic(
+                "::RotaryEmbedding", [t, cos, sin, at], dict(num_heads=n), dtype=t.dtype, shape=t.shape, version=23
+            )
             for t, n in ((query, heads), (key, kv_heads))
         )
     start = (last - (steps - 1)).long()
     caches = []
     for cache, new in ((past_key, key), (past_value, value)):
         rows = new.reshape(batch, steps, kv_heads, width).transpose(1, 2)
-        caches.append(onnx_ops.symbolic("::TensorScatter", [cache, rows, start], dict(axis=2, mode="linear"),
-                                        dtype=cache.dtype, shape=cache.shape, version=24))
+        caches.append(
+            onnx_ops.symbolic(
+                "::TensorScatter",
+                [cache, rows, start],
+                dict(axis=2, mode="linear"),
+                dtype=cache.dtype,
+                shape=cache.shape,
+                version=24,
+            )
+        )
     mask = visible(positions, capacity, window)
     attributes = dict(q_num_heads=heads, kv_num_heads=kv_heads, scale=scale)
     if softcap > 0:
         attributes["softcap"] = softcap
     rows = query.reshape(batch, steps, heads, width).transpose(1, 2)
     attributes = {k: v for k, v in attributes.items() if not k.endswith("_num_heads")}
-    out = onnx_ops.symbolic("::Attention", [rows, *caches, mask], attributes, dtype=query.dtype,
-                            shape=(batch, heads, steps, width), version=24)
+    out = onnx_ops.symbolic(
+        "::Attention",
+        [rows, *caches, mask],
+        attributes,
+        dtype=query.dtype,
+        shape=(batch, heads, steps, width),
+        version=24,
+    )
     return out.transpose(1, 2).reshape(batch, steps, heads * width), *caches
 
 
@@ -98,9 +117,21 @@ def visible(positions: Tensor, capacity: int, window: int) -> Tensor:
 
 
 @fused_op({"onnx/fused": _lower_group_query_attention, "onnx/standard": _lower_standard})
-def kv_attention(query: Tensor, key: Tensor | None, value: Tensor | None, past_key: Tensor, past_value: Tensor,
-                 last: Tensor, cos: Tensor | None, sin: Tensor | None, heads: int, kv_heads: int, scale: float,
-                 window: int, softcap: float) -> tuple[Tensor, Tensor, Tensor]:
+def kv_attention(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    past_key: Tensor,
+    past_value: Tensor,
+    last: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    heads: int,
+    kv_heads: int,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Writes S new keys and values into the cache and attends over all that is written.
 
     Args:

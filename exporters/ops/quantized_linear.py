@@ -4,6 +4,7 @@ Codes are unsigned, packed along K with the low bits first: [N, K/G, G*bits/8] u
 zero points are packed the same way along the blocks, [N, ceil(K/G*bits/8)] uint8, or absent, which means
 2^(bits-1). Source of the layout: com.microsoft.MatMulNBits in ONNX Runtime's ContribOperators.md.
 """
+
 from __future__ import annotations
 
 import torch
@@ -35,9 +36,12 @@ def _dequantize(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, 
 def _lower_matmul_nbits(x, codes, scales, zeros, bias, bits, columns):
     block = codes.shape[2] * 8 // bits
     return onnx_ops.symbolic(
-        "com.microsoft::MatMulNBits", [x, codes, scales, zeros, None, bias],
+        "com.microsoft::MatMulNBits",
+        [x, codes, scales, zeros, None, bias],
         dict(K=columns, N=codes.shape[0], bits=bits, block_size=block, accuracy_level=1),
-        dtype=x.dtype, shape=(*x.shape[:-1], codes.shape[0]), version=1,
+        dtype=x.dtype,
+        shape=(*x.shape[:-1], codes.shape[0]),
+        version=1,
     )
 
 
@@ -45,16 +49,23 @@ def _lower_dequantize(x, codes, scales, zeros, bias, bits, columns):
     """DequantizeLinear in blocks; exporters/passes/type_codes.py then gives the packed codes their ONNX type."""
     rows, blocks, width = codes.shape
     block = width * 8 // bits
-    weight = onnx_ops.symbolic("::DequantizeLinear", [codes, scales, zeros], dict(axis=1, block_size=block),
-                               dtype=x.dtype, shape=(rows, blocks * block), version=23)
+    weight = onnx_ops.symbolic(
+        "::DequantizeLinear",
+        [codes, scales, zeros],
+        dict(axis=1, block_size=block),
+        dtype=x.dtype,
+        shape=(rows, blocks * block),
+        version=23,
+    )
     turned = weight[:, :columns].t() if blocks * block != columns else weight.t()
     y = onnx_ops.symbolic("::MatMul", [x, turned], {}, dtype=x.dtype, shape=(*x.shape[:-1], rows), version=13)
     return y if bias is None else y + bias
 
 
 @fused_op({"onnx/fused": _lower_matmul_nbits, "onnx/standard": _lower_dequantize})
-def quantized_linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None,
-                     bits: int, columns: int) -> Tensor:
+def quantized_linear(
+    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, bits: int, columns: int
+) -> Tensor:
     """``x @ W.T + bias`` with x [..., K], W [N, K] dequantised from its codes; returns [..., N].
 
     Args:
@@ -65,8 +76,9 @@ def quantized_linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | N
 
 
 def _gather(table: Tensor, ids: Tensor) -> Tensor:
-    return onnx_ops.symbolic("::Gather", [table, ids], dict(axis=0), dtype=table.dtype,
-                             shape=(*ids.shape, *table.shape[1:]), version=13)
+    return onnx_ops.symbolic(
+        "::Gather", [table, ids], dict(axis=0), dtype=table.dtype, shape=(*ids.shape, *table.shape[1:]), version=13
+    )
 
 
 def _lower_embedding(ids, codes, scales, zeros, bits, columns):
@@ -81,8 +93,9 @@ def _lower_embedding(ids, codes, scales, zeros, bits, columns):
 
 
 @fused_op({"onnx/fused": _lower_embedding, "onnx/standard": _lower_embedding})
-def quantized_embedding(ids: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int,
-                        columns: int) -> Tensor:
+def quantized_embedding(
+    ids: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, columns: int
+) -> Tensor:
     """Rows ``ids`` [B, S] of the dequantised table [V, K]; returns float32 [B, S, K].
 
     Only the rows asked for are dequantised, from the very tensors that the tied head multiplies with.

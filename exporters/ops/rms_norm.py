@@ -1,4 +1,5 @@
 """Root-mean-square normalisation, alone and with the residual sum in front (Zhang & Sennrich, 2019)."""
+
 from __future__ import annotations
 
 import torch
@@ -15,16 +16,24 @@ def _normalise(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def _lower_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return onnx_ops.symbolic(
-        "::RMSNormalization", [x, weight], dict(axis=-1, epsilon=eps, stash_type=1),
-        dtype=x.dtype, shape=x.shape, version=23,
+        "::RMSNormalization",
+        [x, weight],
+        dict(axis=-1, epsilon=eps, stash_type=1),
+        dtype=x.dtype,
+        shape=x.shape,
+        version=23,
     )
 
 
 def _lower_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     # Outputs 1 and 2 are the mean and inverse deviation, which inference does not need: they stay unnamed.
     normed, _, _, total = onnx_ops.symbolic_multi_out(
-        "com.microsoft::SkipSimplifiedLayerNormalization", [x, residual, weight], dict(epsilon=eps),
-        dtypes=[x.dtype] * 4, shapes=[x.shape, (1,), (1,), x.shape], version=1,
+        "com.microsoft::SkipSimplifiedLayerNormalization",
+        [x, residual, weight],
+        dict(epsilon=eps),
+        dtypes=[x.dtype] * 4,
+        shapes=[x.shape, (1,), (1,), x.shape],
+        version=1,
     )
     return normed, total
 

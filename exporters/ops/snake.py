@@ -1,4 +1,5 @@
 """Snake activation, the periodic nonlinearity of neural audio codecs (Ziyin et al., 2020)."""
+
 from __future__ import annotations
 
 import torch

@@ -1,4 +1,5 @@
 """SwiGLU on the joined gate and up projections (Shazeer, 2020)."""
+
 from __future__ import annotations
 
 import torch
@@ -11,8 +12,9 @@ from exporters.ops._registry import fused_op
 
 def _lower(joined: Tensor) -> Tensor:
     half = (*joined.shape[:-1], joined.shape[-1] // 2)
-    gate, up = onnx_ops.symbolic_multi_out("::Split", [joined], dict(axis=-1, num_outputs=2), dtypes=[joined.dtype] * 2,
-                                           shapes=[half, half], version=18)
+    gate, up = onnx_ops.symbolic_multi_out(
+        "::Split", [joined], dict(axis=-1, num_outputs=2), dtypes=[joined.dtype] * 2, shapes=[half, half], version=18
+    )
     # QuickGelu is x * sigmoid(alpha * x): with alpha 1 it is SiLU, in one pass over the data.
     silu = onnx_ops.symbolic(
         "com.microsoft::QuickGelu", [gate], dict(alpha=1.0), dtype=gate.dtype, shape=gate.shape, version=1

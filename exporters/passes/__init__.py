@@ -3,6 +3,7 @@
 A Program pass edits a torch.fx graph in place and is shared by every backend; it must leave the function that the
 graph computes unchanged. A model pass edits an onnx_ir model after lowering.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -21,12 +22,12 @@ GraphPass = Callable[[torch.fx.Graph], None]
 
 #: What every language model goes through before any backend sees it.
 PROGRAM: Sequence[GraphPass] = (
-    merge_equal,     # one call of each joined projection, one gather of the RoPE angles
-    fold_rope,       # rotation of query and key -> the attention op's own tables
-    cancel_layout,   # transposes and reshapes that undo each other, which the rotation kept apart
-    pack_qkv,        # three slices of one projection -> attention reads the projection itself
-    fuse_residual,   # add + norm -> one op with two results
-    fuse_swiglu,     # silu(gate) * up over the two halves of one projection
+    merge_equal,  # one call of each joined projection, one gather of the RoPE angles
+    fold_rope,  # rotation of query and key -> the attention op's own tables
+    cancel_layout,  # transposes and reshapes that undo each other, which the rotation kept apart
+    pack_qkv,  # three slices of one projection -> attention reads the projection itself
+    fuse_residual,  # add + norm -> one op with two results
+    fuse_swiglu,  # silu(gate) * up over the two halves of one projection
 )
 
 

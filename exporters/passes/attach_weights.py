@@ -3,6 +3,7 @@
 Given:  initializer "model.layers.0.mlp.down_proj.matrix.codes" without data (it was traced as a fake tensor)
 Result: the same with a LazyTensor over the Program's constant of that name
 """
+
 from __future__ import annotations
 
 from functools import partial

@@ -3,6 +3,7 @@
 Given:  y = reshape(transpose(transpose(view(x, [B, S, H, D]), 1, 2), 1, 2), [B, S, H*D])
 Result: y = x
 """
+
 from __future__ import annotations
 
 from torch.fx import Graph, Node

@@ -1,4 +1,5 @@
 """What a model pass may need to know besides the model."""
+
 from __future__ import annotations
 
 from collections.abc import Callable

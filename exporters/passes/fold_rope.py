@@ -7,6 +7,7 @@ Result: kv_attention(rows(q), rows(k), v, ..., cos=C, sin=S)
 
 Only where both are rotated with one table at the positions of the new tokens, which is what the op does inside.
 """
+
 from __future__ import annotations
 
 import operator
@@ -16,8 +17,15 @@ from torch.fx import Graph, Node
 from exporters import ops
 from exporters.passes.graph import ATEN, calls, is_call, replace, shape_of
 
-_LAYOUT = (ATEN.transpose.int, ATEN.view.default, ATEN.reshape.default, ATEN.flatten.using_ints, ATEN.clone.default,
-           ATEN.contiguous.default, ATEN.unsqueeze.default)
+_LAYOUT = (
+    ATEN.transpose.int,
+    ATEN.view.default,
+    ATEN.reshape.default,
+    ATEN.flatten.using_ints,
+    ATEN.clone.default,
+    ATEN.contiguous.default,
+    ATEN.unsqueeze.default,
+)
 
 
 def fold_rope(graph: Graph) -> None:

@@ -3,6 +3,7 @@
 Given:  total = x + residual;  y = rms_norm(total, w, eps);  ... total is used further on
 Result: y, total = add_rms_norm(x, residual, w, eps)
 """
+
 from __future__ import annotations
 
 import operator

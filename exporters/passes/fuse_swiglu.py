@@ -3,6 +3,7 @@
 Given:  silu(y[..., :I]) * y[..., I:]
 Result: swiglu(y)
 """
+
 from __future__ import annotations
 
 from torch.fx import Graph

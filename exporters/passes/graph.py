@@ -1,4 +1,5 @@
 """What the passes share: reading nodes of an exported graph by operator, never by name."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -29,14 +30,14 @@ def shape_of(node: Node) -> torch.Size:
 def same_shape(a: Node, b: Node) -> bool:
     """Whether two tensors provably have one shape."""
     left, right = shape_of(a), shape_of(b)
-    return len(left) == len(right) and all(str(x) == str(y) for x, y in zip(left, right))
+    return len(left) == len(right) and all(str(x) == str(y) for x, y in zip(left, right, strict=True))
 
 
 def last_axis_slice(node) -> tuple[Node, int, int] | None:
     """(source, start, stop) if ``node`` is ``source[..., start:stop]``."""
     if not is_call(node, ATEN.slice.Tensor):
         return None
-    source, axis, start, stop, *step = (*node.args, *(0, None, None)[len(node.args) - 1:])
+    source, axis, start, stop, *step = (*node.args, *(0, None, None)[len(node.args) - 1 :])
     width = shape_of(source)[-1]
     if axis not in (-1, len(shape_of(source)) - 1) or (step and step[0] not in (None, 1)):
         return None

@@ -3,6 +3,7 @@
 Given:  a node with pkg.torch.onnx.* metadata: file names, line numbers and the whole text of the traced node
 Result: the node with edge.node (the Program's node) and edge.module (the module of the checkpoint)
 """
+
 from __future__ import annotations
 
 import ast

@@ -3,6 +3,7 @@
 Given:  a = linear(x, W)[..., :4];  b = linear(x, W)[..., 4:]
 Result: y = linear(x, W);  a = y[..., :4];  b = y[..., 4:]
 """
+
 from __future__ import annotations
 
 from torch.fx import Graph

@@ -1,4 +1,5 @@
 """What an ONNX model goes through after lowering: ordered lists of passes over an onnx_ir model."""
+
 from __future__ import annotations
 
 from exporters.passes.attach_weights import attach_weights
@@ -9,13 +10,13 @@ from exporters.passes.transpose_weights import transpose_weights
 from exporters.passes.type_codes import type_codes
 
 _ALL = (
-    mark_origins,        # node metadata -> the Program's own names, and nothing of the build machine
-    attach_weights,      # initializers without values -> the Program's lazily loaded constants
-    simplify_model,      # constants folded, unused nodes dropped, equal ones merged
+    mark_origins,  # node metadata -> the Program's own names, and nothing of the build machine
+    attach_weights,  # initializers without values -> the Program's lazily loaded constants
+    simplify_model,  # constants folded, unused nodes dropped, equal ones merged
 )
 
 #: For ONNX Runtime.
-FUSED = (*_ALL, transpose_weights)     # x @ W.T -> x @ W', with W' written transposed
+FUSED = (*_ALL, transpose_weights)  # x @ W.T -> x @ W', with W' written transposed
 #: The same with int8 activations in the quantised products.
 FUSED_FAST = (*FUSED, set_fast_accuracy)
 #: Standard operators only.

@@ -3,6 +3,7 @@
 Given:  kv_attention(y[..., :a], y[..., a:b], y[..., b:], ...)  with y of b + (b - a) columns
 Result: kv_attention(y, None, None, ...)
 """
+
 from __future__ import annotations
 
 from torch.fx import Graph

@@ -3,6 +3,7 @@
 Given:  MatMulNBits {accuracy_level: 1}   (float32)
 Result: MatMulNBits {accuracy_level: 4}   (int8 x int4/int8 with int32 sums)
 """
+
 from __future__ import annotations
 
 import onnx_ir as ir

@@ -1,4 +1,5 @@
 """Folds constants, drops unused nodes and merges equal ones, without reading a large weight."""
+
 from __future__ import annotations
 
 import onnx_ir as ir

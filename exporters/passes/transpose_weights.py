@@ -3,6 +3,7 @@
 Given:  MatMul(x, Transpose(W))  with the initializer W [N, K] used nowhere else
 Result: MatMul(x, W')            with W' [K, N]
 """
+
 from __future__ import annotations
 
 from functools import partial

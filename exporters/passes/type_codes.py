@@ -5,6 +5,7 @@ Result: DequantizeLinear(codes UINT4 [N, nb*block], scales [N, nb], zeros UINT4 
 
 The bytes of the codes stay as they are: ONNX packs UINT4 low nibble first in row-major order, as MatMulNBits does.
 """
+
 from __future__ import annotations
 
 from functools import partial
@@ -27,8 +28,12 @@ def type_codes(model: ir.Model, context: Context) -> None:
         block = node.attributes["block_size"].as_int()
         rows, blocks, width = codes.const_value.shape
         bits = 8 * width // block
-        node.replace_input_with(0, _initializer(
-            model, f"{codes.name}.typed", partial(codes.const_value.tobytes), bits, (rows, blocks * block)))
+        node.replace_input_with(
+            0,
+            _initializer(
+                model, f"{codes.name}.typed", partial(codes.const_value.tobytes), bits, (rows, blocks * block)
+            ),
+        )
         source = None if zeros is None else zeros.const_value
         load = partial(_zero_points, source, bits, rows, blocks)
         typed = _initializer(model, f"{scales.name.removesuffix('scales')}zeros.typed", load, bits, (rows, blocks))
@@ -43,7 +48,9 @@ def _initializer(model: ir.Model, name: str, load, bits: int, shape: tuple[int, 
     if name in model.graph.initializers:
         return model.graph.initializers[name]
     dtype = TYPES[bits]
-    tensor = ir.LazyTensor(partial(_packed, load, bits, dtype, shape, name), dtype=dtype, shape=ir.Shape(shape), name=name)
+    tensor = ir.LazyTensor(
+        partial(_packed, load, bits, dtype, shape, name), dtype=dtype, shape=ir.Shape(shape), name=name
+    )
     value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(dtype), const_value=tensor)
     model.graph.register_initializer(value)
     return value
