@@ -187,7 +187,7 @@ class Generator:
             raise PromptError("is not valid Unicode text", "--prompt", "Give it as UTF-8") from error
         ids: list[int] = self._load_tokenizer().encode(prompt, add_special_tokens=False).ids
         if not ids:
-            raise PromptError("holds nothing that this tokenizer knows", "--prompt", "Write it in the student's language")
+            raise PromptError("holds nothing that this tokenizer knows", "--prompt", "Use its own language")
         text = self.bundle.modalities["text"]
         control = self._control_ids()
         for token in ids:

@@ -21,7 +21,7 @@ from runtimes.host import Conditions, frequency_khz, peak_rss_bytes, rss_bytes, 
 from runtimes.sampling import GREEDY, Allowed, Sampler
 from runtimes.session import Array, CheckedSession, open_session
 
-# Medians of the first and the last quarter of the steps: further apart than this is not a steady state.
+# Medians of the first and the last quarter of the passes: further apart than this is not a steady state.
 DRIFT = 1.25
 
 
@@ -101,7 +101,7 @@ class _Decoder:
 def _time_lm(
     bundle: Bundle, session: CheckedSession, feeds: dict[str, Array], effort: Effort
 ) -> tuple[list[Figure], Array]:
-    """Figures, and the seconds of each warm step in order."""
+    """Figures, and the seconds of a step in each warm pass, in order."""
     prompt = feeds["ids"]
     count = min(effort.steps, session.capacity - prompt.shape[1])
     decoder = _Decoder(bundle, session, prompt)
@@ -136,7 +136,8 @@ def _time_lm(
     ]
     if session.artifact.bytes_per_token:
         figures.append(Figure("bytes_per_token", float(session.artifact.bytes_per_token), "bytes", "from the manifest"))
-    return figures, step.ravel()
+    # One value per pass: within a pass a step grows with the tokens that are held.
+    return figures, np.median(step, axis=1)
 
 
 def _time_signal(
@@ -162,9 +163,7 @@ def _percentiles(name: str, seconds: Array, where: str) -> list[Figure]:
 
 def _drift(seconds: Array) -> str:
     """Why the timings are no steady state; "" when their first and last quarter agree."""
-    quarter = len(seconds) // 4
-    if not quarter:
-        return ""
+    quarter = max(1, len(seconds) // 4)
     first, last = float(np.median(seconds[:quarter])), float(np.median(seconds[-quarter:]))
     return (
         f"unsteady: {first * 1e3:.3g} ms at the start, {last * 1e3:.3g} ms at the end"

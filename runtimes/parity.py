@@ -109,10 +109,12 @@ def _rows(
     found: Mapping[str, Found],
     stand_in: str | None = None,
 ) -> list[Result]:
-    return [
-        judge(artifact, gate, metric, found[metric].value, limit, found[metric].where, stand_in)
-        for metric, limit in limits.items()
-    ]
+    """A row per limit; "mean_kl/image" is judged by what was found as "mean_kl"."""
+    rows = []
+    for metric, limit in limits.items():
+        measured = found[metric.split("/")[0]]
+        rows.append(judge(artifact, gate, metric, measured.value, limit, measured.where, stand_in))
+    return rows
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -12,6 +12,7 @@ a readable table. Both are mutable files of the bundle: they are no part of its 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -176,7 +177,8 @@ def print_report(report: Report) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console()
+    # Into a file or a pipe there is no width to keep to.
+    console = Console() if sys.stdout.isatty() else Console(width=140)
     tables: tuple[tuple[str, tuple[str, ...], list[tuple[tuple[str, ...], str]]], ...] = (
         ("Results", RESULT_COLUMNS, [(result_cells(row), row.status) for row in report.results]),
         ("Latency", LATENCY_COLUMNS, [(latency_cells(row), row.status) for row in report.latency]),
@@ -189,11 +191,11 @@ def print_report(report: Report) -> None:
         for cells, status in rows:
             table.add_row(*(escape(cells[i]) for i in shown), style=_STYLE.get(status))
         console.print(table)
-        notes = dict.fromkeys(
-            f"{status}: {cells[0]} {cells[1]}: {cells[-1]}" for cells, status in rows if status in _NOTED
-        )
-        for note in notes:
-            console.print(escape(note))
+        noted = [(cells, status) for cells, status in rows if status in _NOTED]
+        # Every timing of an artifact is invalid for the same reason; the gates of one fail each for its own.
+        named = 2 if rows is tables[1][2] else 4
+        for cells, status in {row[0][:named]: row for row in noted}.values():
+            console.print(escape(f"{status}: {' '.join(cells[:named])}: {cells[-1]}"))
 
 
 _NOTED = ("failed", "pending-device", "invalid")

@@ -174,7 +174,7 @@ def test_the_command_prints_text_or_writes_it(
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["--to", "video", "--prompt", "x"], "cannot generate 'video'. It can: text, image, audio"),
+        (["--to", "video", "--prompt", "x"], "cannot generate 'video'. It can: audio, image, text"),
         (["--to", "image", "--prompt", "x"], "--output: image is written as a .png file"),
         (["--to", "image", "--prompt", "x", "--output", "x.wav"], "--output: image is written as a .png file"),
         (["--to", "audio", "--prompt", "x", "--output", "x.png"], "--output: audio is written as a .wav file"),
