@@ -27,8 +27,9 @@ from runtimes.golden import load_lm
 from runtimes.host import environment, usable_cores
 from runtimes.loadgen import SCENARIOS, LoadGenResult, run_loadgen
 from runtimes.measure import USUAL, Effort, Figure, Measurement
+from runtimes.output import check_writable
 from runtimes.parity import ALL, Selection
-from runtimes.report import Latency, Report, print_report, read_report, write_report
+from runtimes.report import REPORT_JSON, Latency, Report, print_report, read_report, write_report
 from runtimes.session import choose_artifact, open_session
 
 # A measurement that has not ended by then hangs: the slowest board takes minutes for its soak.
@@ -156,6 +157,8 @@ def bench_and_report(bundle: Bundle, selection: Selection = ALL, effort: Effort 
 def run(options: argparse.Namespace) -> int:
     """Measures, prints and reports."""
     bundle = open_bundle(options.bundle)
+    if not options.no_report:
+        check_writable(bundle.folder / REPORT_JSON)
     selection = Selection(options.component, options.backend, options.form, options.mode, options.threads)
     effort = Effort(options.threads, options.steps, options.repeats, options.soak)
     report = Report() if options.no_report else read_report(bundle.folder)

@@ -9,6 +9,7 @@ import os
 import platform
 import shutil
 import subprocess
+import time
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 _CPU = Path("/sys/devices/system/cpu")
 # Bits 0-3 of the value are what is throttled now (Raspberry Pi firmware).
 _PI_THROTTLED = Path("/sys/devices/platform/soc/soc:firmware/get_throttled")
+IDLE_CORES = 0.2
 PACKAGES = ("numpy", "onnxruntime", "openvino", "apache-tvm", "tensorrt_rtx", "torch", "tokenizers", "edge-export")
 
 
@@ -120,11 +122,25 @@ def environment() -> dict[str, Any]:
     }
 
 
+def _busy_seconds() -> float | None:
+    """Processor time that the whole machine has spent (stolen time included); None where the system does not tell."""
+    first = (read_text(Path("/proc/stat")) or "").split("\n", 1)[0].split()
+    if first[:1] != ["cpu"]:
+        return None
+    # user nice system idle iowait irq softirq steal (proc(5)): all but the two kinds of idling
+    ticks = [int(value) for value in first[1:9]]
+    return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
+
+
 @dataclass(frozen=True)
 class Conditions:
-    """What could spoil a timing, read before and after it: load over a minute (None where there is no such figure),
-    the count of thermal throttling events, and whether the board says that it throttles now."""
+    """What could spoil a timing, read before and after it: the clock, processor time of this process and of the whole
+    machine (seconds; None where the system does not tell), the load over a minute, the count of thermal throttling
+    events, and whether the board says that it throttles now."""
 
+    time: float
+    own_seconds: float
+    busy_seconds: float | None
     load: float | None
     throttle_events: int
     throttled: bool
@@ -134,22 +150,34 @@ class Conditions:
         events = [read_text(path) for path in _CPU.glob("cpu*/thermal_throttle/*_throttle_count")]
         board = read_text(_PI_THROTTLED)
         return cls(
+            time=time.monotonic(),
+            own_seconds=time.process_time(),
+            busy_seconds=_busy_seconds(),
             load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
             throttle_events=sum(int(count) for count in events if count and count.isdigit()),
             throttled=bool(board and int(board, 16) & 0xF),
         )
 
 
+def cores_of_others(before: Conditions, after: Conditions) -> float | None:
+    """How many cores other processes kept busy between two readings: measured where the machine's processor time is
+    known, else the load at the start (which still holds what this process's own past has left in it)."""
+    if before.busy_seconds is None or after.busy_seconds is None:
+        return before.load
+    spent = (after.busy_seconds - before.busy_seconds) - (after.own_seconds - before.own_seconds)
+    return max(0.0, spent) / (after.time - before.time)
+
+
 def why_invalid(before: Conditions, after: Conditions, threads: int) -> str:
     """Why a timing between the two readings is no figure to use; "" when nothing speaks against it.
 
-    Busy: the load found at the start leaves fewer free cores than the run has threads (half a core is forgiven:
-    the load average never reads zero).
+    Busy: the others use more than the cores that the run's threads leave them (IDLE_CORES is what a system at rest
+    may use beside that).
     """
-    cores = usable_cores()
     reasons = []
-    if before.load is not None and before.load + threads > cores + 0.5:
-        reasons.append(f"busy: load {before.load:.1f} and {threads} threads on {cores} cores")
+    others, cores = cores_of_others(before, after), os.cpu_count() or 1
+    if others is not None and others > max(cores - threads, 0) + IDLE_CORES:
+        reasons.append(f"busy: others use {others:.1f} of {cores} cores beside {threads} thread(s)")
     if after.throttle_events > before.throttle_events or before.throttled or after.throttled:
         reasons.append("throttled")
     return "; ".join(reasons)

@@ -17,7 +17,15 @@ import numpy as np
 from runtimes.bundle import Artifact, Bundle, load_bundle
 from runtimes.cli import exit_code
 from runtimes.golden import load_feeds
-from runtimes.host import Conditions, frequency_khz, peak_rss_bytes, rss_bytes, usable_cores, why_invalid
+from runtimes.host import (
+    Conditions,
+    cores_of_others,
+    frequency_khz,
+    peak_rss_bytes,
+    rss_bytes,
+    usable_cores,
+    why_invalid,
+)
 from runtimes.sampling import GREEDY, Allowed, Sampler
 from runtimes.session import Array, CheckedSession, open_session
 
@@ -69,8 +77,15 @@ def measure(bundle: Bundle, artifact: Artifact, effort: Effort) -> Measurement:
         figures, steps = timed(bundle, session, feeds, effort)
         peak = Figure("peak_rss", peak_rss_bytes() / 2**20, "MiB", "whole process")
         soaked = _soak(bundle, session, feeds["ids"], effort.soak) if effort.soak and session.capacity else []
-    reasons = [why_invalid(before, Conditions.now(), threads), _drift(steps)]
-    notes = {"threads": threads, "load": before.load, "clock_khz_before": clock, "clock_khz_after": frequency_khz()}
+    after = Conditions.now()
+    reasons = [why_invalid(before, after, threads), _drift(steps)]
+    notes = {
+        "threads": threads,
+        "load": before.load,
+        "cores_of_others": cores_of_others(before, after),
+        "clock_khz_before": clock,
+        "clock_khz_after": frequency_khz(),
+    }
     memory = [Figure("base_rss", base / 2**20, "MiB", "process before loading")] if base else []
     invalid = "; ".join(filter(None, reasons))
     return Measurement((load, *figures, peak, *memory, *soaked), invalid, notes)

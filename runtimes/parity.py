@@ -21,7 +21,8 @@ from runtimes.errors import Fault
 from runtimes.gates import INHERITANCE, LOSS, Limit, export_gate, export_limits, is_quantised, judge, loss_limits
 from runtimes.golden import GoldenError, load_lm
 from runtimes.host import environment
-from runtimes.report import Report, Result, print_report, read_report, write_report
+from runtimes.output import check_writable
+from runtimes.report import REPORT_JSON, Report, Result, print_report, read_report, write_report
 from runtimes.session import BackendUnavailable, open_session
 
 
@@ -140,6 +141,8 @@ def check_and_report(bundle: Bundle, selection: Selection = ALL) -> list[Result]
 def run(options: argparse.Namespace) -> int:
     """Checks, prints and reports. Exit status 1 when a gate fails."""
     bundle = open_bundle(options.bundle)
+    if not options.no_report:
+        check_writable(bundle.folder / REPORT_JSON)
     selection = Selection(
         options.component, options.backend, options.form, options.mode, options.threads, options.stand_in
     )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ from runtimes import host
 from runtimes.bandwidth import measure_roof
 from runtimes.bench import BenchError, bench, latency_row, main, measure_apart
 from runtimes.bundle import load_bundle
-from runtimes.host import Conditions, why_invalid
+from runtimes.host import Conditions, cores_of_others, why_invalid
 from runtimes.measure import Effort, Figure, _drift
 from runtimes.parity import Selection
 from runtimes.report import Latency, read_report
@@ -21,7 +24,8 @@ from tests.runtimes.bundle_edits import copy_bundle
 from tests.runtimes.eager_lm import lm_artifact
 
 QUICK = ["--threads", "1", "--steps", "4", "--repeats", "2"]
-QUIET = Conditions(load=0.0, throttle_events=0, throttled=False)
+START = Conditions(time=0.0, own_seconds=1.0, busy_seconds=100.0, load=0.1, throttle_events=0, throttled=False)
+CORES = os.cpu_count() or 1
 
 
 @pytest.fixture
@@ -95,20 +99,51 @@ def test_selecting_nothing_lists_what_there_is(folder: Path) -> None:
         bench(load_bundle(folder), Selection(backend="tvm"), Effort())
 
 
+def after(seconds: float = 10.0, own: float = 10.0, others: float = 0.0, **changes: Any) -> Conditions:
+    spent = {"own_seconds": START.own_seconds + own, "busy_seconds": 100.0 + own + others}
+    return replace(START, time=seconds, **spent | changes)
+
+
 @pytest.mark.parametrize(
-    ("before", "after", "threads", "reason"),
+    ("end", "threads", "reason"),
     [
-        (QUIET, QUIET, 1, ""),
-        (Conditions(64.0, 0, False), QUIET, 1, "busy"),
-        (QUIET, Conditions(0.0, 3, False), 1, "throttled"),
-        (QUIET, Conditions(0.0, 0, True), 1, "throttled"),
-        (Conditions(None, 0, False), QUIET, 1, ""),
-        (QUIET, QUIET, 4096, "busy"),
+        (after(), 1, ""),
+        (after(others=1.0), CORES, ""),
+        (after(others=5.0), CORES, "busy: others use 0.5"),
+        (after(others=10.0 * (CORES - 1)), 1, ""),
+        (after(others=10.0 * CORES), 1, "busy"),
+        (after(own=0.0), CORES + 1, ""),
+        (after(throttle_events=3), 1, "throttled"),
+        (after(throttled=True), 1, "throttled"),
+        (after(others=10.0 * CORES, throttled=True), 1, "busy"),
     ],
 )
-def test_what_makes_a_timing_invalid(before: Conditions, after: Conditions, threads: int, reason: str) -> None:
-    assert why_invalid(before, after, threads).startswith(reason)
-    assert bool(why_invalid(before, after, threads)) == bool(reason)
+def test_what_makes_a_timing_invalid(end: Conditions, threads: int, reason: str) -> None:
+    found = why_invalid(START, end, threads)
+    assert found.startswith(reason)
+    assert bool(found) == bool(reason)
+
+
+def test_without_the_machines_time_the_load_decides() -> None:
+    blind = replace(START, busy_seconds=None)
+    assert why_invalid(blind, replace(blind, time=10.0), CORES) == ""
+    loaded = replace(blind, load=CORES + 1.0)
+    assert why_invalid(loaded, replace(loaded, time=10.0), 1).startswith("busy")
+
+
+def test_a_process_that_works_is_seen_by_the_others_and_not_by_itself() -> None:
+    before = Conditions.now()
+    end = before.time + 1.0
+    child = subprocess.Popen([sys.executable, "-c", "import time\nt = time.time() + 1\nwhile time.time() < t: pass"])
+    while Conditions.now().time < end:
+        pass
+    now = Conditions.now()
+    child.wait()
+    assert now.own_seconds - before.own_seconds > 0.1
+    if before.busy_seconds is not None:
+        others = cores_of_others(before, now)
+        assert others is not None
+        assert 0.1 < others <= CORES
 
 
 def test_steps_that_slow_down_are_no_steady_state() -> None:
