@@ -26,9 +26,8 @@ BASE = {"numpy", "PIL", "rich", "safetensors", "tokenizers"}
 STANDARD = ("archive", "bundle", "errors", "files", "manifest", "manifest_json", "publish", "strict_json")
 # What exporters may take of runtimes. errors holds the base of every typed error.
 SHARED = {"runtimes.bundle", "runtimes.errors"}
-# The build's command line and its flow also measure: parity, bench (with its values) and report.
-FLOW = ("build.py", "pipeline.py")
-MEASURING = {"runtimes.parity", "runtimes.bench", "runtimes.measure", "runtimes.report", "runtimes.host"}
+# The command line also measures.
+BUILD_TOO = {"runtimes.parity", "runtimes.bench", "runtimes.report"}
 BACKENDS = ("onnx_", "onnxruntime_", "openvino_", "tensorrt_", "coreml_", "tvm_", "torch_")
 
 
@@ -97,7 +96,7 @@ def test_imports_run_one_way(package: str) -> None:
 def test_exporters_take_bundles_alone() -> None:
     wrong = []
     for item in all_imports("exporters"):
-        allowed = SHARED | (MEASURING if item.file.name in FLOW else set())
+        allowed = SHARED | (BUILD_TOO if item.file.name == "build.py" else set())
         if item.top == "runtimes" and not any(
             item.module == name or item.module.startswith(name + ".") for name in allowed
         ):
