@@ -114,7 +114,7 @@ def test_members_that_overlap(good: Path) -> None:
             entry.CRC = first.CRC
             archive.filelist.append(entry)
             archive.NameToInfo[entry.filename] = entry
-        archive._didModify = True
+        archive._didModify = True  # type: ignore[attr-defined]
     refused(WeightsError, "claim", action=lambda: load_pth(good))
 
 
