@@ -64,7 +64,7 @@ def test_top_p_draws_from_the_fewest_tokens_that_hold_p(logits: np.ndarray, p: f
     weights = np.exp(logits.astype(np.float64) - logits.max())
     share = weights / weights.sum()
     # Everything strictly more likely than the token holds less than p, or the token would not have been kept.
-    assert share[logits > logits[token]].sum() < p + 1e-9
+    assert share[weights > weights[token]].sum() < p + 1e-9
 
 
 def test_the_frequencies_are_those_of_the_softmax() -> None:
