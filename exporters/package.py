@@ -6,7 +6,8 @@ Layout (one atomic unit; every file but package.json is listed in it with size a
     model-00001-of-0000N.safetensors ...  model.safetensors.index.json
     tokenizer/{tokenizer.json,tokenizer_config.json,special_tokens_map.json,added_tokens.json}
     discretizers/<modality>/{config.json, model.safetensors | model.pth}
-    samples/ (optional)  quality.json (optional)  MODEL_CARD.md  DATA_CARD.md
+    samples/{lm,images,audio}.safetensors, samples/tokenizer_golden.json (optional)  quality.json (optional)
+    MODEL_CARD.md  DATA_CARD.md
     package.json
 
 `package.json` is `exporters.package_schema.Manifest`; its `model_json_schema()` is the JSON schema. Token ranges are

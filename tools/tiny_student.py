@@ -10,6 +10,7 @@ Vocabulary: text [0, 64), specials [64, 72), image [72, 104), audio [104, 136) i
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from tools.tiny_discretizers import (
     IMAGE_CODES,
     IMAGE_FIRST,
     IMAGE_GRID,
+    IMAGE_SIZE,
     SPECIALS,
     TEXT,
     VERSION,
@@ -195,8 +197,16 @@ def _store_decoder(folder: Path, config: Config, weights: dict[str, torch.Tensor
     )
 
 
+def _signals(folder: Path, samples: int, generator: torch.Generator) -> None:
+    """images.safetensors: images uint8 [n, H, W]; audio.safetensors: recordings int16 [n, samples]."""
+    images = torch.randint(256, (4, IMAGE_SIZE, IMAGE_SIZE), generator=generator, dtype=torch.uint8)
+    save_file({"images": images}, folder / "images.safetensors")
+    recordings = torch.randint(-(1 << 14), 1 << 14, (4, samples), generator=generator, dtype=torch.int16)
+    save_file({"recordings": recordings}, folder / "audio.safetensors")
+
+
 def _samples(folder: Path, tokenizer: Tokenizer, generator: torch.Generator) -> None:
-    """Calibration rows: ids int32 [n, L] padded at the end with <pad>, length int32 [n], prompt int32 [n]."""
+    """lm.safetensors: ids int32 [n, L] padded at the end with <pad>, length int32 [n], prompt int32 [n]."""
     rows, prompts = [], []
     for index, digit in enumerate(DIGITS):
         image = index % 2 == 0
@@ -220,7 +230,7 @@ def _samples(folder: Path, tokenizer: Tokenizer, generator: torch.Generator) -> 
     values = {"ids": padded, "length": [len(row) for row in rows], "prompt": prompts}
     save_file(
         {name: torch.tensor(value, dtype=torch.int32) for name, value in values.items()},
-        folder / "calibration.safetensors",
+        folder / "lm.safetensors",
     )
 
 
@@ -282,6 +292,7 @@ def write_tiny_student(
         write_image_discretizer(folder / "discretizers" / "image")
         write_audio_discretizer(folder / "discretizers" / "audio", list(hop), audio_weights)
     _samples(folder / "samples", tokenizer, generator)
+    _signals(folder / "samples", AUDIO_FRAMES * math.prod(hop), generator)
     (folder / "MODEL_CARD.md").write_text("# Tiny student\n\nRandom weights, for tests.\n", encoding="utf-8")
     (folder / "DATA_CARD.md").write_text("# Data\n\nNone: the weights are random.\n", encoding="utf-8")
     write_manifest(folder, f"tiny-{model_type}-{variant}", VERSION, "Apache-2.0", modality_table())
