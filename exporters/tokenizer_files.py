@@ -166,8 +166,8 @@ def _golden_cases(path: Path) -> list[tuple[str, list[int]]]:
         isinstance(case, dict) and set(case) == {"text", "ids"} for case in cases
     ):
         _refuse("cases is not a list of {text, ids}", GOLDEN, "Write it as the format says")
-    if not all(isinstance(case["text"], str) for case in cases):
-        _refuse("holds a text that is not a string", GOLDEN, "Write it as the format says")
+    if not all(isinstance(case["text"], str) and isinstance(case["ids"], list) for case in cases):
+        _refuse("holds a text that is not a string, or ids that are not a list", GOLDEN, "Write it as the format says")
     return [(case["text"], case["ids"]) for case in cases]
 
 

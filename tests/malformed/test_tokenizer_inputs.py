@@ -188,7 +188,9 @@ def test_a_tokenizer_whose_merges_changed_drifts(package: Path) -> None:
     load_refused(relist(package), TokenizerError, "tokenizer_golden.json", "training saw")
 
 
-@pytest.mark.parametrize("cases", [5, [{"text": "a"}], [{"text": 1, "ids": []}], {"text": "a"}])
+@pytest.mark.parametrize(
+    "cases", [5, [{"text": "a"}], [{"text": 1, "ids": []}], [{"text": "a", "ids": 5}], {"text": "a"}]
+)
 def test_golden_cases_that_are_malformed(package: Path, cases: object) -> None:
     (package / "samples" / "tokenizer_golden.json").write_text(json.dumps({"cases": cases}))
     load_refused(relist(package), TokenizerError, "tokenizer_golden.json")
