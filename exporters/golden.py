@@ -117,9 +117,16 @@ def _cases(student: Student, modality: str, model: nn.Module, component: str) ->
                 yield reference.encode(model, signal)
 
 
+#: modality -> (file of a package's samples, tensor in it)
+SAMPLE_FILES = {"image": ("images.safetensors", "images"), "audio": ("audio.safetensors", "recordings")}
+
+
 def _samples(student: Student, modality: str) -> Tensor | None:
-    file = student.folder / "samples" / {"image": "images.safetensors"}.get(modality, f"{modality}.safetensors")
-    return torch.from_numpy(next(iter(load_file(file).values()))) if file.exists() else None
+    """The package's own real signals of a modality, None where it has none."""
+    file, name = SAMPLE_FILES.get(modality, (f"{modality}.safetensors", modality))
+    path = student.folder / "samples" / file
+    held = load_file(path) if path.is_file() else {}
+    return torch.from_numpy(held[name]) if name in held else None
 
 
 def _save(tensors: Mapping[str, np.ndarray], path: Path) -> None:

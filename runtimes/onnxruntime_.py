@@ -66,8 +66,9 @@ class OnnxRuntimeSession(CheckedSession):
         for state in self.artifact.states:
             self._states.append((state.input, state.output, value(np.zeros(state.shape, state.dtype))))
         # Everything a decode step touches is bound once; new values are written into these buffers.
-        self._fixed = {spec.name: np.zeros(spec.shape, spec.dtype) for spec in self.artifact.outputs}
+        self._fixed = {spec.name: np.zeros([int(n) for n in spec.shape], spec.dtype) for spec in self.artifact.outputs}
         self._token = np.zeros((1, 1), np.int32)
+        assert self._last is not None  # every artifact with states takes "last"
         self._decode = self._binding({"ids": self._token, "last": self._last})
 
     def _binding(self, feeds: dict[str, Array]) -> Any:

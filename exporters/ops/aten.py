@@ -33,7 +33,39 @@ def _onnx_embedding(weight: Tensor, ids: Tensor, *options) -> Tensor:
     )
 
 
-_ONNX = {ATEN.linear.default: _onnx_linear, ATEN.embedding.default: _onnx_embedding}
+def _onnx_group_norm(
+    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, cudnn_enabled: bool = True
+) -> Tensor:
+    """InstanceNormalization over [B, groups, rest]: runtimes run GroupNormalization as a chain of fifteen ops."""
+    ones, zeros = torch.ones(groups), torch.zeros(groups)
+    flat = x.reshape(x.shape[0], groups, -1)
+    normed = onnx_ops.symbolic(
+        "::InstanceNormalization",
+        [flat, ones, zeros],
+        dict(epsilon=eps),
+        dtype=x.dtype,
+        shape=flat.shape,
+        version=6,
+    ).reshape(x.shape)
+    if weight is None or bias is None:
+        return normed
+    channels = x.shape[1]
+    # Scale and bias per channel in one pass over the data: a batch normalisation of mean 0 and variance 1.
+    return onnx_ops.symbolic(
+        "::BatchNormalization",
+        [normed, weight, bias, torch.zeros(channels), torch.ones(channels)],
+        dict(epsilon=0.0),
+        dtype=x.dtype,
+        shape=x.shape,
+        version=15,
+    )
+
+
+_ONNX = {
+    ATEN.linear.default: _onnx_linear,
+    ATEN.embedding.default: _onnx_embedding,
+    ATEN.group_norm.default: _onnx_group_norm,
+}
 
 
 def aten_lowerings(target: str) -> dict[torch._ops.OpOverload, Callable]:

@@ -27,7 +27,8 @@ def _lower_onnx(codes: Tensor, tables: Tensor, size: int) -> Tensor:
     entries = onnx_ops.symbolic(
         "::Gather", [tables, rows], dict(axis=0), dtype=tables.dtype, shape=(*rows.shape, tables.shape[1]), version=13
     )
-    return entries.sum(1).movedim(-1, 1)
+    total = entries.squeeze(1) if codes.shape[1] == 1 else entries.sum(1)
+    return total.movedim(-1, 1)
 
 
 @fused_op({"onnx/fused": _lower_onnx, "onnx/standard": _lower_onnx})

@@ -1,4 +1,8 @@
-"""Snake activation, the periodic nonlinearity of neural audio codecs (Ziyin et al., 2020)."""
+"""Snake activation, the periodic nonlinearity of neural audio codecs (Ziyin et al., 2020).
+
+The published form is x + sin(alpha * x)^2 / alpha. With z = alpha * x it is (z + sin(z)^2) / alpha, and both scalings
+belong to the convolutions around it (exporters/families/audio_codec.py folds them), so this is what is left.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +13,7 @@ from exporters.ops._registry import fused_op
 
 
 @fused_op({})
-def snake(x: Tensor, alpha: Tensor, inverse: Tensor) -> Tensor:
-    """``x + inverse * sin(alpha * x)^2`` for x [B, C, T]; alpha and inverse are [1, C, 1].
-
-    ``inverse`` is 1 / (alpha + 1e-9), computed once at capture instead of at every run.
-    """
-    wave = torch.sin(alpha * x)
-    return x + inverse * (wave * wave)
+def snake(z: Tensor) -> Tensor:
+    """``z + sin(z)^2``, element by element."""
+    wave = torch.sin(z)
+    return z + wave * wave

@@ -5,6 +5,7 @@ from __future__ import annotations
 from exporters.passes.attach_weights import attach_weights
 from exporters.passes.mark_origins import mark_origins
 from exporters.passes.set_accuracy_level import set_fast_accuracy
+from exporters.passes.settle_reshapes import settle_reshapes
 from exporters.passes.simplify_model import simplify_model
 from exporters.passes.transpose_weights import transpose_weights
 from exporters.passes.type_codes import type_codes
@@ -12,6 +13,7 @@ from exporters.passes.type_codes import type_codes
 _ALL = (
     mark_origins,  # node metadata -> the Program's own names, and nothing of the build machine
     attach_weights,  # initializers without values -> the Program's lazily loaded constants
+    settle_reshapes,  # computed targets -> constants with one free dimension
     simplify_model,  # constants folded, unused nodes dropped, equal ones merged
 )
 
