@@ -24,8 +24,8 @@ from runtimes.bundle import Artifact, Bundle
 from runtimes.cli import bundle_parser, exit_code, open_bundle, positive
 from runtimes.errors import Fault
 from runtimes.golden import load_lm
-from runtimes.host import environment, usable_cores
-from runtimes.loadgen import SCENARIOS, LoadGenResult, run_loadgen
+from runtimes.host import Conditions, environment, usable_cores, why_invalid
+from runtimes.loadgen import SCENARIOS, TOKENS, LoadGenResult, run_loadgen
 from runtimes.measure import USUAL, Effort, Figure, Measurement
 from runtimes.output import check_writable
 from runtimes.parity import ALL, Selection
@@ -117,14 +117,16 @@ def bench_loadgen(bundle: Bundle, selection: Selection, seconds: float) -> list[
     rows = []
     with open_session(bundle, artifact, selection.threads) as session:
         for scenario in SCENARIOS:
+            before = Conditions.now()
             result = run_loadgen(session, bundle.vocab_size, prompts, scenario, seconds)
-            invalid = "" if result.valid else "LoadGen calls the run invalid"
-            rows.append(latency_row(artifact, _loadgen_figure(result), invalid))
+            reasons = ["" if result.valid else "LoadGen calls the run invalid"]
+            reasons.append(why_invalid(before, Conditions.now(), selection.threads or usable_cores()))
+            rows.append(latency_row(artifact, _loadgen_figure(result), "; ".join(filter(None, reasons))))
     return rows
 
 
 def _loadgen_figure(result: LoadGenResult) -> Figure:
-    where = f"LoadGen, {result.samples} samples of a golden prompt and 16 tokens"
+    where = f"LoadGen, {result.samples} samples of a golden prompt and {TOKENS} tokens"
     if result.scenario == "SingleStream":
         return Figure("loadgen_single_stream_p90", result.value * 1e3, "ms", where)
     return Figure("loadgen_offline", result.value, "samples/s", where)

@@ -46,6 +46,8 @@ def read_image(path: Path, preprocessing: Mapping[str, Any]) -> Array:
 def _load(path: Path, channels: int) -> PillowImage:
     from PIL import Image, ImageOps, UnidentifiedImageError
 
+    if not path.is_file():  # a pipe would block
+        raise ImageError("cannot be read (it is no file)", str(path), "Check the path")
     try:
         # Pillow only warns about sizes from 89 MPixel up; here MAX_PIXELS decides, below that.
         with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):

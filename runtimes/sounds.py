@@ -49,6 +49,8 @@ def read_sound(path: Path, preprocessing: Mapping[str, Any]) -> Array:
 
 def read_wave(path: Path, seconds: float = math.inf) -> tuple[Array, int]:
     """The first `seconds` of a PCM WAV file as (float64 [N] in -1..1, channels averaged; sample rate in Hz)."""
+    if not path.is_file():  # a pipe would block
+        raise SoundError("cannot be read (it is no file)", str(path), "Check the path")
     try:
         with wave.open(str(path), "rb") as file:
             channels, width, rate, frames = file.getparams()[:4]

@@ -57,7 +57,10 @@ class TorchSession(CheckedSession):
                 returned = self._step(*inputs, *self._states)
                 results = returned if isinstance(returned, tuple) else (returned,)
                 outputs = self._split(results)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            # The allocator of the CPU has no exception class of its own.
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
             raise OutOfDeviceMemory(str(error), self._where, "Use a smaller batch or a shorter input") from error
         if self.timing:
             self.last_run_seconds = time.perf_counter() - start

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from runtimes.bundle import load_bundle
 from runtimes.session import (
     CheckedSession,
     KvOverflow,
+    OutOfDeviceMemory,
     RuntimeInputError,
     SessionBusy,
     SessionClosed,
@@ -206,6 +210,7 @@ def test_a_second_thread_inside_a_step_is_refused() -> None:
 @pytest.mark.parametrize("code", [-1, "size", 2**31 - 1])
 def test_a_code_outside_the_codebook(decoder: CheckedSession, code: Any) -> None:
     size = decoder._checks[0].high
+    assert size is not None
     codes = np.zeros((1, 4, 4), np.int32)
     codes[0, 2, 3] = size if code == "size" else code
     with pytest.raises(RuntimeInputError, match=r"input 'codes': value .* is outside 0\.\."):
@@ -231,3 +236,45 @@ def test_a_picture_with_nan_into_an_encoder(tiny_bundle: Path, value: float) -> 
         pytest.raises(RuntimeInputError, match="NaN or infinity"),
     ):
         session.run({artifact.inputs[0].name: image})
+
+
+def test_out_of_memory_in_torch() -> None:
+    session = open_eager_decoder()
+    lookup = session._step
+    assert lookup is not None
+    codes = {"codes": np.zeros((1, 4, 4), np.int32)}
+    session._step = lambda _: torch.empty(1 << 52)
+    with pytest.raises(OutOfDeviceMemory, match="image_decoder") as caught:
+        session.run(codes)
+    assert "smaller batch" in caught.value.way_out
+    session._step = lookup
+    assert session.run(codes)["image"].shape == (1, 1, 4, 4)
+
+
+OUT_OF_MEMORY = """
+import resource, sys
+import numpy as np
+from runtimes.bundle import load_bundle
+from runtimes.session import OutOfDeviceMemory, choose_artifact, open_session
+
+bundle = load_bundle(sys.argv[1])
+with open_session(bundle, choose_artifact(bundle, "image_decoder"), threads=1) as session:
+    codes = np.zeros((1 << 16, 4, 4), np.int32)
+    held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (held + (256 << 20), -1))
+    try:
+        session.run({"codes": codes})
+    except OutOfDeviceMemory as error:
+        print(error)
+    print(session.run({"codes": codes[:1]})["image"].shape)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc to set the limit")
+def test_out_of_memory_in_onnx_runtime_leaves_the_session_usable(tiny_bundle: Path) -> None:
+    command = [sys.executable, "-c", OUT_OF_MEMORY, str(tiny_bundle)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    refusal, shape = done.stdout.strip().rsplit("\n", 1)
+    assert refusal.startswith("image_decoder (onnx")
+    assert shape.startswith("(1, ")
