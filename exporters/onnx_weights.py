@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from exporters.blocks import unpack_bits
 from exporters.inheritance import StoredMatrix
+from exporters.passes.split_bytes import SUFFIX
 
 
 def read_matrices(path: Path) -> Mapping[str, StoredMatrix]:
@@ -21,7 +22,8 @@ def read_matrices(path: Path) -> Mapping[str, StoredMatrix]:
     found = {}
     for node in ir.load(path).graph:
         if node.op_type == "MatMulNBits":
-            found[_matrix_name(node)] = _from_matmul(node)
+            stored = _from_matmul(node)
+            found[_matrix_name(node)] = _joined(stored) if node.inputs[1].name.endswith(SUFFIX) else stored
         elif node.op_type == "DequantizeLinear":
             found[_matrix_name(node)] = _from_dequantize(node)
     return found
@@ -29,7 +31,7 @@ def read_matrices(path: Path) -> Mapping[str, StoredMatrix]:
 
 def _matrix_name(node: ir.Node) -> str:
     codes = node.inputs[1] if node.op_type == "MatMulNBits" else node.inputs[0]
-    return codes.name.removesuffix(".typed").removesuffix(".codes")
+    return codes.name.removesuffix(".typed").removesuffix(SUFFIX).removesuffix(".codes")
 
 
 def _values(value: ir.Value) -> np.ndarray:
@@ -51,3 +53,16 @@ def _from_dequantize(node: ir.Node) -> StoredMatrix:
     bits = codes.dtype.bitwidth
     unpacked, points = (_values(value).astype(np.uint8) for value in (codes, zeros))
     return StoredMatrix(unpacked, _values(scales), points, bits, node.attributes["block_size"].as_int())
+
+
+def _joined(planes: StoredMatrix) -> StoredMatrix:
+    """The 8-bit matrix that exporters/passes/split_bytes.py wrote as a plane of high and one of low nibbles.
+
+    The scales of the high plane must be 16 times those of the low one; where they are not, the matrix comes back
+    with NaN scales, which equal nothing.
+    """
+    high, low = np.split(planes.codes, 2, 1)
+    coarse, fine = np.split(planes.scales, 2, 1)
+    high_zero, low_zero = np.split(planes.zero_points, 2, 1)
+    scales = np.where(coarse == 16 * fine, fine, np.float32("nan"))
+    return StoredMatrix(16 * high + low, scales, 16 * high_zero + low_zero, 8, planes.block)

@@ -29,16 +29,22 @@ class ImageDecoder(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """``forward(image [B, C, H, W]) -> codes int32 [B, h, w]``: the nearest entry of the codebook."""
+    """``forward(image [B, C, H, W]) -> codes int32 [B, h, w]``: the nearest entry of the codebook.
+
+    The search is the library's own formula, without the view that it takes of a tensor whose layout in memory is the
+    backend's business.
+    """
 
     def __init__(self, model: VQModel):
         super().__init__()
-        self.model = model
+        self.encoder, self.quant_conv, self.codebook = model.encoder, model.quant_conv, model.quantize.embedding
 
     def forward(self, image: Tensor) -> Tensor:
-        latents = self.model.encode(image, return_dict=False)[0]
-        _, _, (_, _, codes) = self.model.quantize(latents)
-        return codes.reshape(latents.shape[0], latents.shape[2], latents.shape[3]).to(torch.int32)
+        latents = self.quant_conv(self.encoder(image))
+        batch, width, rows, columns = latents.shape
+        points = latents.movedim(1, -1).reshape(-1, width)
+        codes = torch.argmin(torch.cdist(points, self.codebook.weight), 1)
+        return codes.reshape(batch, rows, columns).to(torch.int32)
 
 
 def reference_decode(model: VQModel, codes: Tensor) -> Tensor:
@@ -50,7 +56,9 @@ def reference_decode(model: VQModel, codes: Tensor) -> Tensor:
 
 def reference_encode(model: VQModel, image: Tensor) -> Tensor:
     """The library's own way from the image to codes int32 [B, h, w]."""
-    return ImageEncoder(model)(image)
+    latents = model.encode(image, return_dict=False)[0]
+    _, _, (_, _, codes) = model.quantize(latents)
+    return codes.reshape(latents.shape[0], *latents.shape[2:]).to(torch.int32)
 
 
 def capture_image(model: VQModel, grid: tuple[int, int], size: tuple[int, int]) -> tuple[Program, Program]:
@@ -73,10 +81,13 @@ def capture_image(model: VQModel, grid: tuple[int, int], size: tuple[int, int]) 
         outputs=(TensorSpec("image", "float32", ("B", channels_out, *size)),),
         names=("codes",),
     )
-    image = torch.zeros(2, channels_in, *size)
+    encoder = ImageEncoder(model).eval()
+    image = torch.rand(2, channels_in, *size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        assert_equal("image_encoder", encoder(image), reference_encode(model, image), 0.0)
     encoding = capture(
         "image_encoder",
-        ImageEncoder(model).eval(),
+        encoder,
         (image,),
         {"image": {0: "B"}},
         outputs=(TensorSpec("codes", "int32", ("B", *grid)),),

@@ -7,6 +7,7 @@ from exporters.passes.mark_origins import mark_origins
 from exporters.passes.set_accuracy_level import set_fast_accuracy
 from exporters.passes.settle_reshapes import settle_reshapes
 from exporters.passes.simplify_model import simplify_model
+from exporters.passes.split_bytes import split_bytes
 from exporters.passes.transpose_weights import transpose_weights
 from exporters.passes.type_codes import type_codes
 
@@ -17,9 +18,13 @@ _ALL = (
     simplify_model,  # constants folded, unused nodes dropped, equal ones merged
 )
 
-#: For ONNX Runtime.
-FUSED = (*_ALL, transpose_weights)  # x @ W.T -> x @ W', with W' written transposed
-#: The same with int8 activations in the quantised products.
-FUSED_FAST = (*FUSED, set_fast_accuracy)
+#: For ONNX Runtime, float32 activations.
+FUSED = (
+    *_ALL,
+    transpose_weights,  # x @ W.T -> x @ W', with W' written transposed
+    split_bytes,  # 8-bit matrices -> two 4-bit planes, for which there is a kernel
+)
+#: For ONNX Runtime, int8 activations in the quantised products.
+FUSED_FAST = (*_ALL, transpose_weights, set_fast_accuracy)
 #: Standard operators only.
 STANDARD = (*_ALL, type_codes, transpose_weights)  # packed bytes -> UINT4/UINT8 initializers of DequantizeLinear

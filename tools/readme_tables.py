@@ -1,0 +1,122 @@
+"""Writes the tables of README.md from what was built and measured; nothing in them is typed.
+
+    python -m tools.readme_tables BUNDLE... [--check]
+
+Backends x profiles comes from the reports of the given bundles and the profiles themselves; speed, from
+tools/measurements/peers.json (see tools/bench_peers.py); quality, from the reference student's quality.json. Each
+table stands between two marks, `<!-- NAME -->` and `<!-- /NAME -->`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from device_profiles import Profile, list_profiles, load_profile
+from device_profiles.schema import FORMS
+from exporters.plan import EXPORTERS
+from exporters.reference import DATA
+from runtimes.bundle import load_bundle
+from runtimes.report import read_report
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+MEASUREMENTS = Path(__file__).parent / "measurements"
+#: From the worst down: a cell shows the worst status of its backend's gates.
+ORDER = ("failed", "pending-device", "proxy", "passed")
+
+
+def support_table(bundles: Iterable[Path]) -> str:
+    """Backends x profiles: the worst status of the gates that ran, or why none did."""
+    statuses: dict[str, dict[str, set[str]]] = {}
+    for folder in bundles:
+        bundle = load_bundle(folder)
+        rows = statuses.setdefault(bundle.profile["name"], {})
+        for result in read_report(bundle.folder).results:
+            rows.setdefault(result.backend, set()).add(result.status)
+    lines = [("profile", *FORMS)]
+    for name in list_profiles():
+        profile = load_profile(name)
+        lines.append((f"`{name}`", *(_cell(profile, backend, statuses.get(name, {})) for backend in FORMS)))
+    return _markdown(lines)
+
+
+def _cell(profile: Profile, backend: str, found: Mapping[str, set[str]]) -> str:
+    if backend not in profile.backends:
+        return ""
+    if backend not in EXPORTERS:
+        return "not built yet"
+    seen = found.get(backend, set())
+    return next((status for status in ORDER if status in seen), "not run")
+
+
+def speed_table(measured: Mapping[str, Any]) -> str:
+    """Median times of one interleaved run and the ratio to the peer."""
+    peer = "torch.onnx.export"
+    lines = [("task", "artifact", "median", f"{peer}, float32", "times as fast")]
+    for task, row in measured["median_seconds"].items():
+        for name, seconds in row.items():
+            if name != peer:
+                ratio = row[peer] / seconds
+                lines.append(
+                    (task, f"`{name}`", f"{1e3 * seconds:.3f} ms", f"{1e3 * row[peer]:.3f} ms", f"{ratio:.2f}")
+                )
+    source = f"{measured['student']}, {measured['machine']}, {measured['date']}: `{measured['command']}`"
+    return f"{_markdown(lines)}\n\n{source}"
+
+
+def quality_table(quality: Mapping[str, Any]) -> str:
+    """The reference student's tasks, judged by classifiers trained on real data."""
+    models = quality["models"]
+    tasks = list(dict.fromkeys(task for row in models.values() for task in row))
+    lines = [("percent", *models)]
+    lines += [
+        (task.replace("_", " "), *(f"{row[task]:.1f}" if task in row else "" for row in models.values()))
+        for task in tasks
+    ]
+    return _markdown(lines)
+
+
+def _markdown(lines: list[tuple[str, ...]]) -> str:
+    rows = [lines[0], ("---",) * len(lines[0]), *lines[1:]]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def fill(text: str, tables: Mapping[str, str]) -> str:
+    """``text`` with each table between its marks. Raises ValueError for a mark that is not there."""
+    for name, table in tables.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        if not pattern.search(text):
+            raise ValueError(f"README.md has no marks for the table {name!r}")
+        text = pattern.sub(lambda match, t=table: f"{match[1]}{t}\n{match[2]}", text)
+    return text
+
+
+def main() -> int:
+    """Command line of this module; with --check, exit status 1 when README.md is not what would be written."""
+    parser = argparse.ArgumentParser(description="Write the tables of README.md.")
+    parser.add_argument("bundles", type=Path, nargs="*", help="bundles whose reports fill the support table")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail when the README is out of date")
+    options = parser.parse_args()
+    tables = {}
+    if options.bundles:
+        tables["support"] = support_table(options.bundles)
+    if (MEASUREMENTS / "peers.json").is_file():
+        tables["speed"] = speed_table(json.loads((MEASUREMENTS / "peers.json").read_text()))
+    if (quality := DATA / "shared" / "quality.json").is_file():
+        tables["quality"] = quality_table(json.loads(quality.read_text()))
+    text = README.read_text()
+    filled = fill(text, tables)
+    if options.check:
+        return int(filled != text)
+    README.write_text(filled)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
