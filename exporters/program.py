@@ -6,6 +6,7 @@ memory and an exporter can stream weights from the checkpoint to the artifact on
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -100,8 +101,9 @@ def capture(
         constants: how to load each parameter and buffer; by default the module's own values.
     """
     shapes = tuple(dict.fromkeys(dynamic.get(name, {}), torch.export.Dim.DYNAMIC) or None for name in names)
-    if states:  # the states arrive as *args, which torch.export describes by one nested tuple
-        shapes = (*shapes[: -len(states)], tuple(shapes[-len(states) :]))
+    own = [p for p in inspect.signature(module.forward).parameters.values() if p.kind is not p.VAR_POSITIONAL]
+    if len(own) < len(names):  # the rest arrives as *args, which torch.export describes by one nested tuple
+        shapes = (*shapes[: len(own)], tuple(shapes[len(own) :]))
     with torch.no_grad():
         exported = torch.export.export(module, examples, dynamic_shapes=shapes, strict=False)
     if constants is None:

@@ -24,7 +24,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 @fused_op({})
 def rope_angles(cos: Tensor, sin: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin [B, S, D] at ``positions`` [B, S], from tables [C, D/2]; both halves are the same."""
-    cos, sin = cos[positions], sin[positions]
+    at = positions.long()  # ONNX gathers by int64 alone
+    cos, sin = cos[at], sin[at]
     return torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
 
 
@@ -40,10 +41,28 @@ def _split(query, key, value, heads, kv_heads):
     return query.split([heads * width, kv_heads * width, kv_heads * width], -1)
 
 
+def _rotary_embedding(query, key, cos, sin, positions, heads, kv_heads):
+    at = positions.long()
+    return tuple(
+        onnx_ops.symbolic(
+            "::RotaryEmbedding", [t, cos, sin, at], dict(num_heads=n), dtype=t.dtype, shape=t.shape, version=23
+        )
+        for t, n in ((query, heads), (key, kv_heads))
+    )
+
+
+#: ONNX Runtime's GroupQueryAttention rotates heads whose width is a multiple of this.
+_ROTATED_WIDTH = 16
+
+
 def _lower_group_query_attention(
     query, key, value, past_key, past_value, last, cos, sin, heads, kv_heads, scale, window, softcap
 ):
     batch, steps = query.shape[:2]
+    if cos is not None and past_key.shape[3] % _ROTATED_WIDTH:
+        query, key, value = _split(query, key, value, heads, kv_heads)
+        query, key = _rotary_embedding(query, key, cos, sin, query_positions(last, steps), heads, kv_heads)
+        cos = sin = None
     attributes = dict(num_heads=heads, kv_num_heads=kv_heads, scale=scale, do_rotary=int(cos is not None))
     if window > 0:
         attributes["local_window_size"] = window
@@ -68,13 +87,7 @@ def _lower_standard(query, key, value, past_key, past_value, last, cos, sin, hea
     capacity, width = past_key.shape[2:]
     positions = query_positions(last, steps)
     if cos is not None:
-        at = positions.long()
-        query, key = (
-            onnx_ops.symbolic(
-                "::RotaryEmbedding", [t, cos, sin, at], dict(num_heads=n), dtype=t.dtype, shape=t.shape, version=23
-            )
-            for t, n in ((query, heads), (key, kv_heads))
-        )
+        query, key = _rotary_embedding(query, key, cos, sin, positions, heads, kv_heads)
     start = (last - (steps - 1)).long()
     caches = []
     for cache, new in ((past_key, key), (past_value, value)):
@@ -116,7 +129,16 @@ def visible(positions: Tensor, capacity: int, window: int) -> Tensor:
     return mask.unsqueeze(1)
 
 
-@fused_op({"onnx/fused": _lower_group_query_attention, "onnx/standard": _lower_standard})
+def _supports(target: str, query: Tensor, key: Tensor | None, value: Tensor | None, past_key: Tensor, *rest):
+    batch, width = past_key.shape[0], past_key.shape[3]
+    if target == "onnx/fused" and width % 8:
+        return f"GroupQueryAttention takes heads whose width is a multiple of 8, not {width}"
+    if target == "onnx/fused" and batch != 1:
+        return f"GroupQueryAttention continues a cache by several tokens for one row alone, not {batch}"
+    return None
+
+
+@fused_op({"onnx/fused": _lower_group_query_attention, "onnx/standard": _lower_standard}, _supports)
 def kv_attention(
     query: Tensor,
     key: Tensor | None,
@@ -154,7 +176,7 @@ def kv_attention(
     key = key.reshape(batch, steps, kv_heads, width)
     value = value.reshape(batch, steps, kv_heads, width)
     if cos is not None:
-        query, key = (rotate(t, cos[positions], sin[positions]) for t in (query, key))
+        query, key = (rotate(t, cos[positions.long()], sin[positions.long()]) for t in (query, key))
     slots = positions.long()[:, None, :, None]
     index = slots.expand(batch, kv_heads, steps, width)
     keys = past_key.scatter(2, index, key.transpose(1, 2))

@@ -81,14 +81,30 @@ def _gather(table: Tensor, ids: Tensor) -> Tensor:
     )
 
 
+def _unpack_onnx(packed: Tensor, bits: int) -> Tensor:
+    """``unpack`` with BitShift: PyTorch's own shift is exported as an arithmetic one, whose result is int8."""
+    if bits == 8:
+        return packed
+    parts = [packed]
+    for shift in range(bits, 8, bits):
+        by = torch.full((), shift, dtype=packed.dtype)
+        parts.append(
+            onnx_ops.symbolic(
+                "::BitShift", [packed, by], dict(direction="RIGHT"), dtype=packed.dtype, shape=packed.shape, version=11
+            )
+        )
+    return torch.stack([part & (2**bits - 1) for part in parts], -1).flatten(-2)
+
+
 def _lower_embedding(ids, codes, scales, zeros, bits, columns):
     # Indexing with a tensor would become a GatherND that transposes the whole table first.
     rows, blocks = _gather(codes, ids), scales.shape[1]
-    values = unpack(rows, bits).to(torch.float32)
+    values = _unpack_onnx(rows, bits).to(torch.float32)
     if zeros is None:
         centred = values - float(2 ** (bits - 1))
     else:
-        centred = values - unpack(_gather(zeros, ids), bits)[..., :blocks].unsqueeze(-1).to(torch.float32)
+        points = _unpack_onnx(_gather(zeros, ids), bits)[..., :blocks]
+        centred = values - points.unsqueeze(-1).to(torch.float32)
     return (centred * _gather(scales, ids).unsqueeze(-1)).flatten(2)[..., :columns]
 
 

@@ -26,12 +26,12 @@ def _lower_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _lower_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    # Outputs 1 and 2 are the mean and inverse deviation, which inference does not need: they stay unnamed.
+    # Outputs 1 and 2 are the mean and inverse deviation, float32 always, which inference does not need.
     normed, _, _, total = onnx_ops.symbolic_multi_out(
         "com.microsoft::SkipSimplifiedLayerNormalization",
         [x, residual, weight],
         dict(epsilon=eps),
-        dtypes=[x.dtype] * 4,
+        dtypes=[x.dtype, torch.float32, torch.float32, x.dtype],
         shapes=[x.shape, (1,), (1,), x.shape],
         version=1,
     )

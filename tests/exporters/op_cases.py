@@ -1,0 +1,319 @@
+"""The table of fused ops: op x dtype x shape, each case with its own formula in float64 and its tolerances.
+
+A case names the arguments that stay (weights, sizes), makes those that change with the length of a run, and says what
+the result must be. tests/exporters/test_ops.py runs each through every target.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+#: Largest difference from the formula, as a share of the largest expected value: rounding of the dtype, with room for
+#: sums of some hundred terms.
+FLOAT32 = {"eager": 3e-6, "onnx/fused": 3e-6, "onnx/standard": 3e-6}
+FLOAT16 = {"eager": 3e-3, "onnx/fused": 3e-3, "onnx/standard": 3e-3}
+#: What is only moved must arrive as it was.
+EXACT = {"eager": 0.0, "onnx/fused": 0.0, "onnx/standard": 0.0}
+
+#: (op, target) -> the operator that must stand in the graph, so that a lowering is known to be used; "" where the op
+#: has none and the reference is decomposed.
+OPERATORS = {
+    ("add_rms_norm", "onnx/fused"): "SkipSimplifiedLayerNormalization",
+    ("add_rms_norm", "onnx/standard"): "RMSNormalization",
+    ("codebook_lookup", "onnx/fused"): "Gather",
+    ("codebook_lookup", "onnx/standard"): "Gather",
+    ("kv_attention", "onnx/fused"): "GroupQueryAttention",
+    ("kv_attention", "onnx/standard"): "Attention",
+    ("quantized_embedding", "onnx/fused"): "Gather",
+    ("quantized_embedding", "onnx/standard"): "Gather",
+    ("quantized_linear", "onnx/fused"): "MatMulNBits",
+    ("quantized_linear", "onnx/standard"): "DequantizeLinear",
+    ("rms_norm", "onnx/fused"): "RMSNormalization",
+    ("rms_norm", "onnx/standard"): "RMSNormalization",
+    ("rope_angles", "onnx/fused"): "",
+    ("rope_angles", "onnx/standard"): "",
+    ("snake", "onnx/fused"): "",
+    ("snake", "onnx/standard"): "",
+    ("swiglu", "onnx/fused"): "QuickGelu",
+    ("swiglu", "onnx/standard"): "",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table.
+
+    Attributes:
+        inputs: (generator, length) -> the arguments that change from run to run.
+        dynamic: which axis of each of them is the length.
+        fixed: the other arguments by name.
+        formula: all arguments by name -> the results, in float64.
+        tolerance: "eager" or target -> limit.
+        decomposed: targets whose lowering cannot take the case, so that the reference stands in.
+    """
+
+    op: str
+    label: str
+    inputs: Callable[[np.random.Generator, int], dict[str, Array]]
+    dynamic: Mapping[str, int]
+    fixed: Mapping[str, Any]
+    formula: Callable[..., tuple[Array, ...]]
+    tolerance: Mapping[str, float] = field(default_factory=lambda: FLOAT32)
+    decomposed: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.op}-{self.label}"
+
+
+# --- the formulas ---------------------------------------------------------------------------------------------------
+
+
+def unpacked(packed: Array, bits: int) -> Array:
+    """Codes of packed bytes [..., P] -> [..., P*8/bits]: bits in order of significance, the lowest first."""
+    parts = np.unpackbits(packed, axis=-1, bitorder="little").reshape(*packed.shape[:-1], -1, bits)
+    return parts @ (1 << np.arange(bits))
+
+
+def dequantised(codes: Array, scales: Array, zeros: Array | None, bits: int, columns: int) -> Array:
+    zero = 2 ** (bits - 1) if zeros is None else unpacked(zeros, bits)[:, : codes.shape[1], None]
+    return ((unpacked(codes, bits) - zero) * scales.astype(float)[..., None]).reshape(len(codes), -1)[:, :columns]
+
+
+def quantized_linear(x, codes, scales, zeros, bias, bits, columns):
+    y = x.astype(float) @ dequantised(codes, scales, zeros, bits, columns).T
+    return (y if bias is None else y + bias,)
+
+
+def quantized_embedding(ids, codes, scales, zeros, bits, columns):
+    return (dequantised(codes, scales, zeros, bits, columns)[ids],)
+
+
+def rms_norm(x, weight, eps):
+    x = x.astype(float)
+    return (x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight,)
+
+
+def add_rms_norm(x, residual, weight, eps):
+    total = x.astype(float) + residual
+    return (*rms_norm(total, weight, eps), total)
+
+
+def swiglu(joined):
+    gate, up = np.split(joined.astype(float), 2, -1)
+    return (gate / (1 + np.exp(-gate)) * up,)
+
+
+def snake(z):
+    z = z.astype(float)
+    return (z + np.sin(z) ** 2,)
+
+
+def codebook_lookup(codes, tables, size):
+    books = tables.astype(float).reshape(-1, size, tables.shape[1])
+    return (np.moveaxis(sum(book[codes[:, i]] for i, book in enumerate(books)), -1, 1),)
+
+
+def rope_angles(cos, sin, positions):
+    return tuple(np.concatenate([table[positions]] * 2, -1) for table in (cos, sin))
+
+
+def turned(rows: Array, cos: Array, sin: Array) -> Array:
+    """RoPE as a product of complex numbers: rows [T, H, D] whose halves are real and imaginary parts."""
+    half = rows.shape[-1] // 2
+    product = (rows[..., :half] + 1j * rows[..., half:]) * (cos + 1j * sin)[: len(rows), None]
+    return np.concatenate([product.real, product.imag], -1)
+
+
+def kv_attention(query, key, value, cos, sin, heads, kv_heads, scale, window, softcap):
+    """The whole sequence at once, without a cache: (output [B, T, H*D], keys and values [B, KV, T, D])."""
+    rows = query if key is None else np.concatenate([query, key, value], -1)
+    batch, steps = rows.shape[:2]
+    parts = rows.astype(float).reshape(batch, steps, heads + 2 * kv_heads, -1)
+    out, keys, values = [], [], []
+    for row in parts:
+        q, k, v = np.split(row, [heads, heads + kv_heads], 1)
+        if cos is not None:
+            q, k = turned(q, cos.astype(float), sin.astype(float)), turned(k, cos.astype(float), sin.astype(float))
+        result = np.zeros_like(q)
+        for i, head in itertools.product(range(steps), range(heads)):
+            seen = slice(max(0, i + 1 - window) if window else 0, i + 1)
+            scores = k[seen, head // (heads // kv_heads)] @ q[i, head] * scale
+            weights = np.exp(softcap * np.tanh(scores / softcap) if softcap else scores)
+            result[i, head] = weights @ v[seen, head // (heads // kv_heads)] / weights.sum()
+        out.append(result.reshape(steps, -1))
+        keys.append(k.swapaxes(0, 1))
+        values.append(v.swapaxes(0, 1))
+    return np.stack(out), np.stack(keys), np.stack(values)
+
+
+# --- the rows -------------------------------------------------------------------------------------------------------
+
+
+def _quantised(bits: int, block: int, zeros: bool, rows: int, columns: int) -> dict[str, Any]:
+    """Random codes that use every value, in the layout of ``edge::quantized_linear``."""
+    random = np.random.default_rng(bits * block + zeros)
+    blocks = -(-columns // block)
+    return {
+        "codes": random.integers(0, 256, (rows, blocks, block * bits // 8), np.uint8),
+        "scales": random.uniform(0.001, 0.1, (rows, blocks)).astype(np.float32),
+        "zeros": random.integers(0, 256, (rows, -(-blocks * bits // 8)), np.uint8) if zeros else None,
+        "bits": bits,
+        "columns": columns,
+    }
+
+
+def _linear(bits: int, block: int, zeros: bool, rows: int, columns: int, bias=False, flat=False) -> Case:
+    fixed = _quantised(bits, block, zeros, rows, columns)
+    fixed["bias"] = np.linspace(-3, 3, rows, dtype=np.float32) if bias else None
+
+    def inputs(random: np.random.Generator, length: int) -> dict[str, Array]:
+        shape = (length, columns) if flat else (1, length, columns)
+        return {"x": random.standard_normal(shape).astype(np.float32)}
+
+    parts = [f"int{bits}", f"block{block}", "zeros" if zeros else "symmetric", f"{rows}x{columns}"]
+    label = "-".join(parts + ["bias"] * bias + ["flat"] * flat)
+    return Case("quantized_linear", label, inputs, {"x": 0 if flat else 1}, fixed, quantized_linear)
+
+
+def _embedding(bits: int, block: int, zeros: bool, columns: int) -> Case:
+    def inputs(random: np.random.Generator, length: int) -> dict[str, Array]:
+        return {"ids": random.integers(0, 13, (1, length)).astype(np.int32)}
+
+    fixed = _quantised(bits, block, zeros, 13, columns)
+    label = f"int{bits}-block{block}-{'zeros' if zeros else 'symmetric'}-13x{columns}"
+    return Case("quantized_embedding", label, inputs, {"ids": 1}, fixed, quantized_embedding)
+
+
+def _attention(
+    label: str, heads: int, kv_heads: int, *, packed=True, rope=True, window=0, softcap=0.0, width=16, batch=1,
+    dtype=np.float32,
+) -> Case:  # fmt: skip
+    def inputs(random: np.random.Generator, length: int) -> dict[str, Array]:
+        sizes = [heads + 2 * kv_heads] if packed else [heads, kv_heads, kv_heads]
+        names = ("query", "key", "value")
+        rows = {name: random.standard_normal((batch, length, size * width)) for name, size in zip(names, sizes)}  # noqa: B905
+        return {name: row.astype(dtype) for name, row in rows.items()}
+
+    angles = np.arange(CAPACITY)[:, None] / 100.0 ** np.linspace(0, 1, width // 2, endpoint=False)
+    fixed = {
+        "cos": np.cos(angles).astype(dtype) if rope else None,
+        "sin": np.sin(angles).astype(dtype) if rope else None,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "scale": 0.3,
+        "window": window,
+        "softcap": softcap,
+    } | ({"key": None, "value": None} if packed else {})
+    dynamic = dict.fromkeys(inputs(np.random.default_rng(0), 1), 1)
+    tolerance = FLOAT32 if dtype is np.float32 else FLOAT16
+    decomposed = ("onnx/fused",) if width % 8 or batch > 1 else ()
+    return Case("kv_attention", label, inputs, dynamic, fixed, kv_attention, tolerance, decomposed)
+
+
+def _norm(op: str, width: int, dtype: type) -> Case:
+    names = ("x",) if op == "rms_norm" else ("x", "residual")
+
+    def inputs(random: np.random.Generator, length: int) -> dict[str, Array]:
+        # Rows from tiny, where eps matters, to large.
+        size = np.logspace(-3, 2, length)[None, :, None]
+        return {name: (random.standard_normal((1, length, width)) * size).astype(dtype) for name in names}
+
+    fixed = {"weight": np.linspace(-2, 2, width).astype(dtype), "eps": 1e-5}
+    tolerance = FLOAT32 if dtype is np.float32 else FLOAT16
+    label = f"{np.dtype(dtype).name}-{width}"
+    return Case(
+        op, label, inputs, dict.fromkeys(names, 1), fixed, {"rms_norm": rms_norm}.get(op, add_rms_norm), tolerance
+    )
+
+
+def _swiglu(width: int, dtype: type) -> Case:
+    def inputs(random: np.random.Generator, length: int) -> dict[str, Array]:
+        return {"joined": (4 * random.standard_normal((1, length, 2 * width))).astype(dtype)}
+
+    tolerance = FLOAT32 if dtype is np.float32 else FLOAT16
+    return Case("swiglu", f"{np.dtype(dtype).name}-{width}", inputs, {"joined": 1}, {}, swiglu, tolerance)
+
+
+def _snake(channels: int, dtype: type) -> Case:
+    def inputs(random: np.random.Generator, length: int) -> dict[str, Array]:
+        return {"z": (3 * random.standard_normal((2, channels, length))).astype(dtype)}
+
+    # float16 holds an argument of 10 to 1/200 only, and the sine of that is as far off.
+    tolerance = FLOAT32 if dtype is np.float32 else dict.fromkeys(FLOAT16, 1e-2)
+    return Case("snake", f"{np.dtype(dtype).name}-{channels}", inputs, {"z": 2}, {}, snake, tolerance)
+
+
+def _codes(books: int, size: int, image: bool, dtype: type) -> Case:
+    def inputs(random: np.random.Generator, length: int) -> dict[str, Array]:
+        shape = (length, books, 3, 4) if image else (2, books, length)
+        return {"codes": random.integers(0, size, shape).astype(dtype)}
+
+    tables = np.random.default_rng(books).standard_normal((books * size, 6)).astype(np.float32)
+    label = f"{books}x{size}-{'image' if image else 'audio'}-{np.dtype(dtype).name}"
+    return Case(
+        "codebook_lookup", label, inputs, {"codes": 0 if image else 2}, {"tables": tables, "size": size},
+        codebook_lookup, EXACT if books == 1 else FLOAT32,
+    )  # fmt: skip
+
+
+def _angles(width: int, dtype: type) -> Case:
+    def inputs(random: np.random.Generator, length: int) -> dict[str, Array]:
+        return {"positions": (random.integers(0, CAPACITY - length) + np.arange(length))[None].astype(dtype)}
+
+    angles = np.arange(CAPACITY)[:, None] * np.linspace(1, 0.01, width // 2)
+    fixed = {"cos": np.cos(angles).astype(np.float32), "sin": np.sin(angles).astype(np.float32)}
+    return Case("rope_angles", f"{width}-{np.dtype(dtype).name}", inputs, {"positions": 1}, fixed, rope_angles, EXACT)
+
+
+#: Positions of the attention cases' cache; longer than what they write.
+CAPACITY = 16
+
+CASES: tuple[Case, ...] = (
+    # An odd number of rows and an odd number of blocks, so that packed zero points end in half a byte.
+    *(
+        _linear(bits, block, zeros, 7, 3 * block)
+        for bits, block, zeros in itertools.product((4, 8), (16, 32, 64, 128), (False, True))
+    ),
+    _linear(4, 32, True, 7, 41),
+    _linear(4, 32, False, 9, 40, bias=True),
+    _linear(8, 16, True, 1, 37, bias=True),
+    _linear(8, 128, False, 33, 130),
+    _linear(4, 32, True, 5, 64, bias=True, flat=True),
+    *(_embedding(bits, 32, zeros, 96) for bits, zeros in itertools.product((4, 8), (False, True))),
+    _embedding(4, 32, True, 41),
+    _embedding(8, 128, False, 130),
+    _attention("separate-groups2", 4, 2, packed=False, rope=False),
+    _attention("separate-groups2-rope", 4, 2, packed=False),
+    _attention("separate-groups3-window", 6, 2, packed=False, rope=False, window=5),
+    _attention("packed-groups2", 4, 2, rope=False),
+    _attention("packed-groups1-rope", 3, 3),
+    _attention("packed-groups2-rope", 4, 2),
+    _attention("packed-groups3-rope-width24", 6, 2, width=24),
+    _attention("packed-groups2-rope-window", 4, 2, window=5),
+    _attention("packed-groups4-rope-softcap", 4, 1, softcap=3.0),
+    _attention("packed-groups2-rope-window-softcap", 4, 2, window=3, softcap=3.0),
+    _attention("packed-groups2-rope-batch2", 4, 2, batch=2),
+    _attention("packed-groups2-width20", 4, 2, rope=False, width=20),
+    _attention("packed-groups2-rope-width12", 4, 2, width=12),
+    _attention("packed-groups2-rope-float16", 4, 2, dtype=np.float16),
+    *(_norm(op, 48, dtype) for op, dtype in itertools.product(("rms_norm", "add_rms_norm"), (np.float32, np.float16))),
+    _norm("rms_norm", 7, np.float32),
+    _norm("add_rms_norm", 7, np.float32),
+    _swiglu(24, np.float32),
+    _swiglu(5, np.float32),
+    _swiglu(24, np.float16),
+    _snake(6, np.float32),
+    _snake(6, np.float16),
+    _codes(1, 11, True, np.int32),
+    _codes(1, 11, False, np.int64),
+    _codes(4, 8, False, np.int32),
+    _angles(16, np.int32),
+    _angles(16, np.int64),
+)  # fmt: skip
