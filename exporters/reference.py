@@ -7,7 +7,8 @@ from pathlib import Path
 
 from exporters.errors import PackageError
 
-DATA = Path(__file__).parent / "reference_student"
+#: Package data of the tools that made it (tools/reference_student).
+DATA = Path(__file__).parent.parent / "tools" / "reference_student" / "package"
 VARIANTS = ("int4", "int8", "float")
 
 
