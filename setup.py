@@ -61,6 +61,7 @@ setup(
     packages=PACKAGES,
     package_data={
         "device_profiles": ["*.toml", "*.md"],
+        "exporters": ["reference_student/**/*"],
         "tools.reference_student": ["*.md", "package/**/*"],
     },
     install_requires=["numpy", "pillow", "rich", "safetensors", "tokenizers"],

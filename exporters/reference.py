@@ -7,8 +7,8 @@ from pathlib import Path
 
 from exporters.errors import PackageError
 
-#: Package data of the tools that made it (tools/reference_student).
-DATA = Path(__file__).parent.parent / "tools" / "reference_student" / "package"
+#: Made by tools/reference_student.
+DATA = Path(__file__).parent / "reference_student"
 VARIANTS = ("int4", "int8", "float")
 
 
