@@ -17,7 +17,8 @@ from tools.reference_student.image_codec import CodebookKeeper
 from tools.reference_student.spectrum import log_mel
 from tools.reference_student.training import arguments, fit
 
-CODEBOOKS, CODEBOOK, FRAMES = 4, 256, 20
+CODEBOOKS, CODEBOOK, FRAMES, HOP = 4, 256, 20, 256
+CROP = 2048
 SCALES = ((64, 8), (128, 20), (256, 40), (512, 64), (1024, 80))
 
 
@@ -33,10 +34,17 @@ def build() -> DacModel:
         sampling_rate=SAMPLE_RATE,
     )
     model = DacModel(config)
-    # The library's 0.02 suits hundreds of channels; with a dozen the signal would die out.
+    # The library's 0.02 suits hundreds of channels; with a dozen the signal would die out, so each
+    # convolution keeps its input's variance (a transposed one sums two taps of every channel).
     for module in model.modules():
         if isinstance(module, nn.Conv1d):
             nn.init.normal_(module.weight, std=(0.7 / module.weight[0].numel()) ** 0.5)
+        if isinstance(module, nn.ConvTranspose1d):
+            nn.init.normal_(module.weight, std=(0.5 / module.in_channels) ** 0.5)
+            nn.init.zeros_(module.bias)
+    # A quiet start keeps the final tanh out of saturation, where it has no gradient.
+    with torch.no_grad():
+        model.decoder.conv2.weight.mul_(0.1)
     return model
 
 
@@ -48,6 +56,28 @@ def encode(model: DacModel, sound: torch.Tensor) -> torch.Tensor:
 def decode(model: DacModel, codes: torch.Tensor) -> torch.Tensor:
     """Codes int64 [n,4,20] -> float [n,5120]."""
     return model.decode(audio_codes=codes).audio_values
+
+
+def crops(sounds: torch.Tensor, count: int) -> torch.Tensor:
+    """Random windows float [count,1,2048] of float [n,1,5120], mostly from where there is speech.
+
+    The codec is convolutional, so it learns from windows; half of a padded recording is silence.
+    """
+    whole = augment.sounds(sounds[torch.randint(0, len(sounds), (count,))])
+    energy = F.avg_pool1d(whole.square(), CROP, stride=256)[:, 0]
+    start = 256 * torch.multinomial(energy + 0.05 * energy.amax(1, keepdim=True), 1)
+    return whole[:, 0].gather(1, start + torch.arange(CROP))[:, None]
+
+
+def loudness_distance(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean L1 distance of mel magnitudes, which the loud formants decide; float [n,L] each."""
+    return sum(
+        F.l1_loss(
+            log_mel(output, window, window // 4, bands, 1e-5).exp(),
+            log_mel(target, window, window // 4, bands, 1e-5).exp(),
+        )
+        for window, bands in SCALES
+    ) / len(SCALES)
 
 
 def spectral_distance(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -66,36 +96,39 @@ def train(work: Path, steps: int, batch: int, peak: float, compiled: bool) -> Da
     keepers = [CodebookKeeper(quantizer.codebook.weight) for quantizer in quantizers]
     latest = {}
 
+    # In float32: with bfloat16 convolutions this model was seen to diverge into a saturated output.
     def reconstruct(target: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        # The convolutions run in bfloat16; the search for the nearest code does not.
-        with torch.autocast("cpu", torch.bfloat16):
-            hidden = model.encoder(target)
-        quantized, codes, latents, commitment, codebook = model.quantizer(hidden.float())
-        with torch.autocast("cpu", torch.bfloat16):
-            output = model.decoder(quantized)
-        return output[:, 0].float(), codes, latents, 0.25 * commitment.mean() + codebook.mean()
+        quantized, codes, latents, commitment, codebook = model.quantizer(model.encoder(target))
+        return model.decoder(quantized)[:, 0], codes, latents, 0.25 * commitment.mean() + codebook.mean()
 
     run = torch.compile(reconstruct) if compiled else reconstruct
 
     def loss(step: int) -> dict[str, torch.Tensor]:
-        rows = torch.randint(0, len(sounds), (batch,))
-        target = augment.sounds(sounds[rows])
+        target = crops(sounds, batch)
         output, codes, latents, commitment = run(target)
         latest["vectors"] = latents.detach()
         for index, keeper in enumerate(keepers):
             keeper.see(codes[:, index])
         spectral = spectral_distance(output, target[:, 0])
         wave = F.l1_loss(output, target[:, 0])
-        return {"loss": spectral + wave + commitment, "spectral": spectral, "wave": wave, "commitment": commitment}
+        loud = loudness_distance(output, target[:, 0])
+        return {
+            "loss": 2.0 * spectral + 20.0 * loud + wave + commitment,
+            "spectral": spectral,
+            "loud": loud,
+            "commitment": commitment,
+        }
 
     def after_step(step: int) -> None:
         interval = 25 if step < 500 else 100
         if step % interval == 0 and step < 0.7 * steps:
             for index, keeper in enumerate(keepers):
                 vectors = latest["vectors"][:, index * 8 : (index + 1) * 8].transpose(1, 2).reshape(-1, 8)
-                keeper.restart(vectors, interval * batch * FRAMES / CODEBOOK * 0.05)
+                keeper.restart(vectors, interval * batch * (CROP // HOP) / CODEBOOK * 0.05)
 
-    return fit(model, loss, work / "audio_codec.pt", steps, peak, after_step=after_step)
+    return fit(
+        model, loss, work / "audio_codec.pt", steps, peak, after_step=after_step, report_every=100, save_every=250
+    )
 
 
 def load(work: Path) -> DacModel:
@@ -119,9 +152,9 @@ def main() -> None:
     """Train, then print validation figures and codebook use."""
     options = arguments(
         __doc__,
-        steps={"type": int, "default": 3000},
+        steps={"type": int, "default": 6000},
         batch={"type": int, "default": 16},
-        rate={"type": float, "default": 1e-3},
+        rate={"type": float, "default": 1.5e-3},
         eager={"action": "store_true", "help": "do not compile (no C++ compiler needed, slower)"},
     )
     train(options.work, options.steps, options.batch, options.rate, not options.eager)
@@ -131,7 +164,7 @@ def main() -> None:
         codes = encode(model, sounds)
         distance = float(spectral_distance(decode(model, codes), sounds[:, 0]))
     used = [len(torch.unique(codes[:, index])) for index in range(CODEBOOKS)]
-    print(f"validation SI-SNR {si_snr(model, sounds):.2f} dB, log-mel distance {distance:.3f}, codes used {used}, {sum(p.numel() for p in model.parameters())} parameters")
+    print(f"validation SI-SNR {si_snr(model, sounds):.2f} dB, log-mel distance {distance:.3f}, codes used {used}")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,9 @@ def sounds(batch: torch.Tensor, strength: float = 1.0) -> torch.Tensor:
     valid = (left >= 0) & (left < length - 1)
     index = left.clamp(0, length - 2)
     source = batch[:, 0]
-    moved = torch.where(valid, source.gather(1, index) * (1 - fraction) + source.gather(1, index + 1) * fraction, torch.zeros(()))
+    moved = torch.where(
+        valid, source.gather(1, index) * (1 - fraction) + source.gather(1, index + 1) * fraction, torch.zeros(())
+    )
     noise = torch.randn(count, length) * (10 ** (-(torch.rand(count, 1) * 30 + 45) / 20)) * strength
     peak = batch.abs().amax(-1)
     moved = moved + noise

@@ -48,7 +48,9 @@ def _mnist_file(folder: Path, name: str) -> bytes:
     raw = (folder / "mnist" / name).read_bytes()
     found = hashlib.md5(raw).hexdigest()
     if found != MNIST_MD5[name]:
-        raise DataError(f"{folder / 'mnist' / name}: MD5 {found}, the published file has {MNIST_MD5[name]}; download it again")
+        raise DataError(
+            f"{folder / 'mnist' / name}: MD5 {found}, the published file has {MNIST_MD5[name]}; download it again"
+        )
     return gzip.decompress(raw)
 
 
@@ -115,26 +117,35 @@ def _disjoint(samples: np.ndarray, rows: dict[str, np.ndarray]) -> dict[str, np.
 
 
 def make_splits(folder: Path) -> dict[str, np.ndarray]:
-    """All arrays of all splits under flat names (`train.images`, ...), plus their content hashes (`train.image_hashes`)."""
+    """All arrays of all splits (`train.images`, ...) and their content hashes (`train.image_hashes`)."""
     images, labels = read_mnist(folder)
     order = np.random.default_rng(SPLIT_SEED).permutation(len(images))
-    image_rows = _disjoint(images, {
-        "held_out": order[:MNIST_HELD_OUT],
-        "validation": order[MNIST_HELD_OUT : MNIST_HELD_OUT + MNIST_VALIDATION],
-        "train": order[MNIST_HELD_OUT + MNIST_VALIDATION :],
-    })
+    image_rows = _disjoint(
+        images,
+        {
+            "held_out": order[:MNIST_HELD_OUT],
+            "validation": order[MNIST_HELD_OUT : MNIST_HELD_OUT + MNIST_VALIDATION],
+            "train": order[MNIST_HELD_OUT + MNIST_VALIDATION :],
+        },
+    )
     rows = read_fsdd(folder)
     recordings, digits = np.stack([row[3] for row in rows]), np.array([row[0] for row in rows], np.int64)
     index = np.array([row[2] for row in rows])
     held_out, validation = np.isin(index, FSDD_HELD_OUT), np.isin(index, FSDD_VALIDATION)
-    sound_rows = _disjoint(recordings, {
-        "held_out": np.flatnonzero(held_out),
-        "validation": np.flatnonzero(validation),
-        "train": np.flatnonzero(~held_out & ~validation),
-    })
+    sound_rows = _disjoint(
+        recordings,
+        {
+            "held_out": np.flatnonzero(held_out),
+            "validation": np.flatnonzero(validation),
+            "train": np.flatnonzero(~held_out & ~validation),
+        },
+    )
     arrays = {}
     for split in SPLITS:
-        for kind, samples, targets, chosen in (("image", images, labels, image_rows[split]), ("recording", recordings, digits, sound_rows[split])):
+        for kind, samples, targets, chosen in (
+            ("image", images, labels, image_rows[split]),
+            ("recording", recordings, digits, sound_rows[split]),
+        ):
             arrays[f"{split}.{kind}s"] = samples[chosen]
             arrays[f"{split}.{kind}_labels"] = targets[chosen]
             arrays[f"{split}.{kind}_hashes"] = np.array([content_hash(samples[row]) for row in chosen], np.uint64)

@@ -47,11 +47,17 @@ def group_grid(columns: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Te
         zero = (low - minimum * shrink / scale).round().clamp(low, high)
         error = (round_to(columns, scale, zero, bits)[1] - columns).square().sum(1, keepdim=True)
         better = error < best
-        best, best_scale, best_zero = torch.where(better, error, best), torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
+        best, best_scale, best_zero = (
+            torch.where(better, error, best),
+            torch.where(better, scale, best_scale),
+            torch.where(better, zero, best_zero),
+        )
     return best_scale, best_zero
 
 
-def round_to(values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+def round_to(
+    values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes (float) of `values` on a grid, and the values they stand for."""
     codes = (values / scale + zero).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
     return codes, (codes - zero) * scale

@@ -107,7 +107,9 @@ def load(work: Path) -> VQModel:
     """The trained codec with its weights rounded to float16 (what ships), computing in float32."""
     model = build()
     state = torch.load(work / "image_codec.pt", weights_only=True)["model"]
-    model.load_state_dict({name: value.half().float() if value.is_floating_point() else value for name, value in state.items()})
+    model.load_state_dict(
+        {name: value.half().float() if value.is_floating_point() else value for name, value in state.items()}
+    )
     return model.eval()
 
 
@@ -121,13 +123,18 @@ def psnr(model: VQModel, images: torch.Tensor) -> float:
 
 def main() -> None:
     """Train, then print the validation PSNR and codebook use."""
-    options = arguments(__doc__, steps={"type": int, "default": 5000}, batch={"type": int, "default": 64}, rate={"type": float, "default": 2e-3})
+    options = arguments(
+        __doc__,
+        steps={"type": int, "default": 5000},
+        batch={"type": int, "default": 64},
+        rate={"type": float, "default": 2e-3},
+    )
     train(options.work, options.steps, options.batch, options.rate)
     model = load(options.work)
     images = torch.from_numpy(image_batch(load_split(options.work, "validation").images))
     with torch.no_grad():
         used = len(torch.unique(encode(model, (images - MEAN) / STD)))
-    print(f"validation PSNR {psnr(model, images):.2f} dB, {used} of {CODEBOOK} codes used, {sum(p.numel() for p in model.parameters())} parameters")
+    print(f"validation PSNR {psnr(model, images):.2f} dB, {used} of {CODEBOOK} codes used")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from tools.reference_student.data import PEAK, SAMPLES, audio_batch, image_batch
 from tools.reference_student.spectrum import log_mel
 from tools.reference_student.training import arguments, fit
 
-SHIPPED = Path(__file__).parent / "judges"
+SHIPPED = Path(__file__).parent / "package" / "judges"
 
 
 class JudgeInputError(ValueError):
@@ -27,8 +27,12 @@ class JudgeInputError(ValueError):
 
 def _stage(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(),
-        nn.Conv2d(outputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(),
+        nn.Conv2d(inputs, outputs, 3, padding=1),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(),
+        nn.Conv2d(outputs, outputs, 3, padding=1),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(),
         nn.MaxPool2d(2),
     )
 
@@ -93,7 +97,9 @@ def load(kind: str, folder: Path = SHIPPED) -> Judge:
     state = {name: value.float() for name, value in load_file(folder / f"{kind}.safetensors").items()}
     missing, unexpected = model.load_state_dict(state, strict=False)
     if unexpected or any(not name.endswith("num_batches_tracked") for name in missing):
-        raise JudgeInputError(f"{folder / kind}.safetensors: missing {missing}, unexpected {unexpected}; run the judges step again")
+        raise JudgeInputError(
+            f"{folder / kind}.safetensors: missing {missing}, unexpected {unexpected}; run the judges step again"
+        )
     return model.eval()
 
 

@@ -17,9 +17,11 @@ TASKS = ("text_to_image", "image_to_text", "text_to_audio", "audio_to_text")
 ANSWER, CODES, READ_CODES, PROMPT = 20.0, 1.0, 0.4, 0.05
 # Codes that are only read teach little more than codes that are made, so a fourth of them carry loss.
 READ_SHARE = 0.25
-# One length for all batches, so that the compiled backbone has one shape: bos, 10 prompt tokens, 82, eos.
-LENGTH = 96
-BATCH = {"text_to_image": 14, "image_to_text": 18, "text_to_audio": 16, "audio_to_text": 16}
+# One length for all batches of a curriculum, so that the compiled backbone has one shape:
+# bos, up to 10 prompt tokens, 66 or 82 for the signal, eos.
+IMAGES_FIRST = {"text_to_image": 28, "image_to_text": 36}
+ALL_TASKS = {"text_to_image": 14, "image_to_text": 18, "text_to_audio": 16, "audio_to_text": 16}
+IMAGE_LENGTH, LENGTH = 80, 96
 
 
 def build(vocabulary: Vocabulary, hidden: int, layers: int, intermediate: int) -> LlamaForCausalLM:
@@ -51,8 +53,8 @@ def student(vocabulary: Vocabulary) -> LlamaForCausalLM:
 
 
 def teacher(vocabulary: Vocabulary) -> LlamaForCausalLM:
-    """The teacher: 3.6 M parameters."""
-    return build(vocabulary, hidden=288, layers=4, intermediate=640)
+    """The teacher: 2.7 M parameters."""
+    return build(vocabulary, hidden=256, layers=4, intermediate=512)
 
 
 def wrapped(vocabulary: Vocabulary, kind: str, codes: torch.Tensor) -> list[int]:
@@ -65,7 +67,7 @@ def wrapped(vocabulary: Vocabulary, kind: str, codes: torch.Tensor) -> list[int]
 
 @dataclass(frozen=True)
 class Batch:
-    """ids int64 [n, L] right-padded; the m places of the flattened [n, L-1] predictions that carry loss, with their targets and weights."""
+    """ids int64 [n, L] right-padded; the m places of the flat [n, L-1] predictions with loss, targets, weights."""
 
     ids: torch.Tensor
     places: torch.Tensor
@@ -79,8 +81,12 @@ class Rows:
     def __init__(self, work: Path, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
         arrays = tokens.load(work)
-        self.labels = {kind: arrays[f"train.{kind}.labels"] for kind in ("image", "audio")}
-        self.banks = {kind: {name: arrays[f"train.{kind}.{name}"] for name in tokens.VERSIONS} for kind in ("image", "audio")}
+        self.labels = {
+            kind: arrays[f"train.{kind}.labels"] for kind in tokens.MODALITIES if f"train.{kind}.labels" in arrays
+        }
+        self.banks = {
+            kind: {name: arrays[f"train.{kind}.{name}"] for name in tokens.VERSIONS[kind]} for kind in self.labels
+        }
         self.prompts = {
             kind: [[vocabulary.encode(text) for text in prompts(templates, digit)] for digit in range(10)]
             for kind, templates in (("image", IMAGE_PROMPTS), ("audio", AUDIO_PROMPTS))
@@ -100,7 +106,9 @@ class Rows:
             bank = "strong" if torch.rand(()) < 0.75 else "mild"
             codes, digit = self._codes(source, bank)
             body, answer = wrapped(v, source, codes), self.answers[digit]
-            return [v.bos, *body, *answer, v.eos], [0.0] + [PROMPT] + [READ_CODES] * (len(body) - 1) + [ANSWER] * len(answer) + [1.0]
+            return [v.bos, *body, *answer, v.eos], [0.0] + [PROMPT] + [READ_CODES] * (len(body) - 1) + [ANSWER] * len(
+                answer
+            ) + [1.0]
         codes, digit = self._codes(target, "plain" if torch.rand(()) < 0.3 else "mild")
         choices = self.prompts[target][digit]
         text = choices[int(torch.randint(0, len(choices), ()))]
@@ -110,8 +118,9 @@ class Rows:
     def batch(self, sizes: dict[str, int]) -> Batch:
         """Rows of every task, `sizes[task]` of each."""
         rows = [self.row(task) for task, count in sizes.items() for _ in range(count)]
-        ids = torch.full((len(rows), LENGTH), self.vocabulary.pad)
-        weights = torch.zeros(len(rows), LENGTH)
+        length = LENGTH if any("audio" in task for task in sizes) else IMAGE_LENGTH
+        ids = torch.full((len(rows), length), self.vocabulary.pad)
+        weights = torch.zeros(len(rows), length)
         for place, (row, weight) in enumerate(rows):
             ids[place, : len(row)] = torch.tensor(row)
             weights[place, : len(row)] = torch.tensor(weight)
@@ -153,3 +162,16 @@ def code_loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Mean cross-entropy of the generated codes alone."""
     chosen = batch.weights == CODES
     return F.cross_entropy(logits[chosen], batch.targets[chosen])
+
+
+@torch.no_grad()
+def figures(logits: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
+    """What a training log shows beside the loss."""
+    return {"codes": code_loss(logits, batch), "answers": answer_accuracy(logits, batch)}
+
+
+def supervised(reader: Reader, rows: Rows, sizes: dict[str, int]) -> dict[str, torch.Tensor]:
+    """One batch's cross-entropy and figures, for training without a teacher."""
+    batch = rows.batch(sizes)
+    logits = reader.logits(batch)
+    return {"loss": cross_entropy(logits, batch), **figures(logits, batch)}

@@ -4,8 +4,6 @@ Written with the compressed-tensors library's own compressors and configuration 
 back by them: the decompressed weights must equal the dequantised ones bit for bit.
 """
 
-from pathlib import Path
-
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme, QuantizationStatus
@@ -18,7 +16,12 @@ BITS, GROUP = 4, 32
 EMBEDDING = "model.embed_tokens"
 CALIBRATION = {"text_to_image": 48, "image_to_text": 48, "text_to_audio": 48, "audio_to_text": 48}
 # Linears that read the same input share one pass over the calibration rows.
-STAGES = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",), ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
+STAGES = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
 
 
 class QuantizationError(ValueError):
@@ -29,7 +32,11 @@ def schemes(variant: str) -> dict[str, QuantizationScheme]:
     """The compressed-tensors schemes of a variant ("int8" or "int4") by group name."""
     channel = QuantizationArgs(num_bits=8, type="int", symmetric=True, strategy="channel")
     if variant == "int8":
-        return {"group_0": QuantizationScheme(targets=["Linear", "re:.*embed_tokens$"], weights=channel, format="int-quantized")}
+        return {
+            "group_0": QuantizationScheme(
+                targets=["Linear", "re:.*embed_tokens$"], weights=channel, format="int-quantized"
+            )
+        }
     grouped = QuantizationArgs(num_bits=BITS, type="int", symmetric=False, strategy="group", group_size=GROUP)
     return {
         "group_0": QuantizationScheme(targets=["Linear"], weights=grouped, format="pack-quantized"),
@@ -56,7 +63,9 @@ def scheme_of(variant: str, module: str) -> QuantizationScheme:
 
 
 @torch.no_grad()
-def _hessians(model: LlamaForCausalLM, names: list[str], ids: torch.Tensor, kept: torch.Tensor) -> dict[str, torch.Tensor]:
+def _hessians(
+    model: LlamaForCausalLM, names: list[str], ids: torch.Tensor, kept: torch.Tensor
+) -> dict[str, torch.Tensor]:
     """Second moments [K,K] of the inputs of the named linears over the rows' kept positions."""
     found: dict[str, torch.Tensor] = {}
 
@@ -64,6 +73,7 @@ def _hessians(model: LlamaForCausalLM, names: list[str], ids: torch.Tensor, kept
         def hook(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             rows = inputs[0][kept].double()
             found[name] = rows.T @ rows / len(rows)
+
         return hook
 
     handles = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names]
@@ -75,7 +85,7 @@ def _hessians(model: LlamaForCausalLM, names: list[str], ids: torch.Tensor, kept
 
 @torch.no_grad()
 def int4_grids(model: LlamaForCausalLM, ids: torch.Tensor, kept: torch.Tensor) -> dict[str, gptq.Grid]:
-    """GPTQ layer by layer; each sees the inputs that the quantised layers before it produce. Changes the model's weights."""
+    """GPTQ layer by layer, each on what the quantised layers before it produce. Changes the model's weights."""
     embedding = gptq.channel_grid(model.model.embed_tokens.weight.float())
     model.model.embed_tokens.weight.copy_(embedding.dequantize())
     grids = {EMBEDDING: embedding}
@@ -92,7 +102,9 @@ def int4_grids(model: LlamaForCausalLM, ids: torch.Tensor, kept: torch.Tensor) -
 @torch.no_grad()
 def int8_grids(model: LlamaForCausalLM) -> dict[str, gptq.Grid]:
     """Round to nearest, one scale for each output channel, embedding included."""
-    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and name != "lm_head"]
+    names = [
+        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    ]
     return {name: gptq.channel_grid(model.get_submodule(name).weight.float()) for name in [EMBEDDING, *names]}
 
 
@@ -111,6 +123,26 @@ def compress(variant: str, grids: dict[str, gptq.Grid]) -> dict[str, torch.Tenso
             raise QuantizationError(f"{module}: {scheme.format} does not decompress to the dequantised weights")
         tensors |= {f"{module}.{name}": tensor.contiguous() for name, tensor in packed.items()}
     return tensors
+
+
+def dequantized(tensors: dict[str, torch.Tensor], variant: str) -> dict[str, torch.Tensor]:
+    """The student's float32 state dict from the checkpoint tensors of any variant, by the library's decompressors."""
+    state = {}
+    modules = {name.rpartition(".")[0] for name in tensors if name.endswith(".weight_scale")}
+    for name, value in tensors.items():
+        if name.rpartition(".")[0] not in modules:
+            state[name] = value.float()
+    for module in modules:
+        scheme = scheme_of(variant, module)
+        own = {
+            name.removeprefix(f"{module}."): value
+            for name, value in tensors.items()
+            if name.rpartition(".")[0] == module
+        }
+        state[f"{module}.weight"] = BaseCompressor.get_value_from_registry(scheme.format).decompress(own, scheme)[
+            "weight"
+        ]
+    return {**state, "lm_head.weight": state[f"{EMBEDDING}.weight"]}
 
 
 def float_tensors(model: LlamaForCausalLM) -> dict[str, torch.Tensor]:

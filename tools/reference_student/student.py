@@ -14,12 +14,17 @@ from transformers import LlamaForCausalLM
 from tools.reference_student import lm, teacher, vocabulary
 from tools.reference_student.training import arguments, fit
 
+CHECKPOINTS = {"images": "student_images.pt", "all": "student_all.pt", "distil": "student.pt"}
+
 
 def distance(student: torch.Tensor, target: torch.Tensor, form: str, temperature: float) -> torch.Tensor:
     """Per-position distance [m] of student and teacher logits [m, V] in the chosen form ("kl" or "logit-mse")."""
     if form == "kl":
         divergence = F.kl_div(
-            F.log_softmax(student / temperature, -1), F.log_softmax(target / temperature, -1), reduction="none", log_target=True
+            F.log_softmax(student / temperature, -1),
+            F.log_softmax(target / temperature, -1),
+            reduction="none",
+            log_target=True,
         )
         return divergence.sum(-1) * temperature**2
     # A constant added to all logits changes no probability, so it is taken out first.
@@ -27,46 +32,82 @@ def distance(student: torch.Tensor, target: torch.Tensor, form: str, temperature
     return centred.square().mean(-1)
 
 
-def train(work: Path, steps: int, peak: float, form: str, alpha: float, temperature: float, compiled: bool) -> LlamaForCausalLM:
-    """Distil and leave the checkpoint `work/student.pt`."""
+def warm_up(work: Path, stage: str, steps: int, peak: float, compiled: bool) -> LlamaForCausalLM:
+    """Train on the data alone, which needs no teacher yet: image tasks ("images"), then all four ("all")."""
+    words = vocabulary.load(work / "tokenizer")
+    model = lm.student(words)
+    if stage == "all":
+        model.load_state_dict(torch.load(work / CHECKPOINTS["images"], weights_only=True)["model"])
+    reader, rows = lm.Reader(model, compiled), lm.Rows(work, words)
+    sizes = lm.IMAGES_FIRST if stage == "images" else lm.ALL_TASKS
+    return fit(
+        model,
+        lambda _step: lm.supervised(reader, rows, sizes),
+        work / CHECKPOINTS[stage],
+        steps,
+        peak,
+        weight_decay=0.02,
+        save_every=100,
+    )
+
+
+def distil(
+    work: Path, steps: int, peak: float, form: str, alpha: float, temperature: float, compiled: bool
+) -> LlamaForCausalLM:
+    """Distil, starting from the warmed-up student; leaves the checkpoint `work/student.pt`."""
     words = vocabulary.load(work / "tokenizer")
     model, guide = lm.student(words), teacher.load(work)
+    model.load_state_dict(torch.load(work / CHECKPOINTS["all"], weights_only=True)["model"])
     reader, guide_reader, rows = lm.Reader(model, compiled), lm.Reader(guide, compiled), lm.Rows(work, words)
 
-    def loss(step: int) -> dict[str, torch.Tensor]:
-        batch = rows.batch(lm.BATCH)
+    def loss(_step: int) -> dict[str, torch.Tensor]:
+        batch = rows.batch(lm.ALL_TASKS)
         with torch.no_grad():
             target = guide_reader.logits(batch)
         logits = reader.logits(batch)
         hard = lm.cross_entropy(logits, batch)
         soft = (distance(logits, target, form, temperature) * batch.weights).sum() / batch.weights.sum()
-        with torch.no_grad():
-            codes, accuracy = lm.code_loss(logits, batch), lm.answer_accuracy(logits, batch)
-        return {"loss": alpha * hard + (1 - alpha) * soft, "soft": soft, "codes": codes, "answers": accuracy}
+        return {"loss": alpha * hard + (1 - alpha) * soft, "soft": soft, **lm.figures(logits, batch)}
 
-    return fit(model, loss, work / "student.pt", steps, peak, weight_decay=0.02, save_every=250)
+    return fit(model, loss, work / CHECKPOINTS["distil"], steps, peak, weight_decay=0.02, save_every=100)
 
 
 def load(work: Path) -> LlamaForCausalLM:
     """The distilled student rounded to float16 (what the float package holds), computing in float32."""
     model = lm.student(vocabulary.load(work / "tokenizer"))
-    state = torch.load(work / "student.pt", weights_only=True)["model"]
+    state = torch.load(work / CHECKPOINTS["distil"], weights_only=True)["model"]
     model.load_state_dict({name: value.half().float() for name, value in state.items()})
     return model.eval()
 
 
 def main() -> None:
-    """Distil the student."""
+    """Warm up or distil the student."""
     options = arguments(
         __doc__,
-        steps={"type": int, "default": 3600},
+        stage={
+            "choices": tuple(CHECKPOINTS),
+            "required": True,
+            "help": "the first two warm up without a teacher and can run beside it",
+        },
+        steps={"type": int, "default": 3000},
         rate={"type": float, "default": 3e-3},
         loss={"choices": ("kl", "logit-mse"), "default": "kl"},
         alpha={"type": float, "default": 0.4, "help": "share of the cross-entropy"},
         temperature={"type": float, "default": 1.5},
         eager={"action": "store_true", "help": "do not compile the backbones (no C++ compiler needed, slower)"},
     )
-    train(options.work, options.steps, options.rate, options.loss, options.alpha, options.temperature, not options.eager)
+    if options.stage != "distil":
+        warm_up(options.work, options.stage, options.steps, options.rate, not options.eager)
+    else:
+        distil(
+            options.work,
+            options.steps,
+            options.rate,
+            options.loss,
+            options.alpha,
+            options.temperature,
+            not options.eager,
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Step `teacher`: train the larger language model on the four tasks with cross-entropy."""
+"""Step `teacher`: train the larger language model with cross-entropy, on the image tasks first and then on all four.
+
+The image stage needs no audio codec, so it can run while that one still trains.
+"""
 
 from pathlib import Path
 
@@ -8,39 +11,45 @@ from transformers import LlamaForCausalLM
 from tools.reference_student import lm, vocabulary
 from tools.reference_student.training import arguments, fit
 
+CHECKPOINTS = {"images": "teacher_images.pt", "all": "teacher.pt"}
 
-def train(work: Path, steps: int, peak: float, compiled: bool) -> LlamaForCausalLM:
-    """Train and leave the checkpoint `work/teacher.pt`."""
+
+def train(work: Path, stage: str, steps: int, peak: float, compiled: bool) -> LlamaForCausalLM:
+    """Train one stage ("images" or "all") and leave its checkpoint; "all" starts from "images"."""
     words = vocabulary.load(work / "tokenizer")
     model = lm.teacher(words)
+    if stage == "all":
+        model.load_state_dict(torch.load(work / CHECKPOINTS["images"], weights_only=True)["model"])
     reader, rows = lm.Reader(model, compiled), lm.Rows(work, words)
-
-    def loss(step: int) -> dict[str, torch.Tensor]:
-        batch = rows.batch(lm.BATCH)
-        logits = reader.logits(batch)
-        with torch.no_grad():
-            codes, accuracy = lm.code_loss(logits, batch), lm.answer_accuracy(logits, batch)
-        return {"loss": lm.cross_entropy(logits, batch), "codes": codes, "answers": accuracy}
-
-    return fit(model, loss, work / "teacher.pt", steps, peak, weight_decay=0.05, save_every=250)
+    sizes = lm.IMAGES_FIRST if stage == "images" else lm.ALL_TASKS
+    return fit(
+        model,
+        lambda _step: lm.supervised(reader, rows, sizes),
+        work / CHECKPOINTS[stage],
+        steps,
+        peak,
+        weight_decay=0.05,
+        save_every=100,
+    )
 
 
 def load(work: Path) -> LlamaForCausalLM:
     """The trained teacher, float32, in eval mode."""
     model = lm.teacher(vocabulary.load(work / "tokenizer"))
-    model.load_state_dict(torch.load(work / "teacher.pt", weights_only=True)["model"])
+    model.load_state_dict(torch.load(work / CHECKPOINTS["all"], weights_only=True)["model"])
     return model.eval()
 
 
 def main() -> None:
-    """Train the teacher."""
+    """Train one stage of the teacher."""
     options = arguments(
         __doc__,
-        steps={"type": int, "default": 3600},
+        stage={"choices": tuple(CHECKPOINTS), "required": True},
+        steps={"type": int, "default": 2500},
         rate={"type": float, "default": 2e-3},
         eager={"action": "store_true", "help": "do not compile the backbone (no C++ compiler needed, slower)"},
     )
-    train(options.work, options.steps, options.rate, not options.eager)
+    train(options.work, options.stage, options.steps, options.rate, not options.eager)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,10 @@ from tools.reference_student.data import audio_batch, image_batch, load_split
 from tools.reference_student.training import SEED, arguments
 
 # Mild versions are what generation learns to make; strong ones are only read.
-VERSIONS = {"plain": (0.0, 1), "mild": (0.5, 8), "strong": (1.0, 24)}
+VERSIONS = {
+    "image": {"plain": (0.0, 1), "mild": (0.5, 8), "strong": (1.0, 20)},
+    "audio": {"plain": (0.0, 1), "mild": (0.5, 5), "strong": (1.0, 12)},
+}
 
 
 @torch.no_grad()
@@ -27,33 +30,47 @@ def encode_sounds(model: torch.nn.Module, sounds: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts).transpose(1, 2).flatten(1).to(torch.int16)
 
 
-def main() -> None:
-    """Write `work/tokens.safetensors`: `{split}.{kind}.{version}` int16 [versions, n, length] and the labels."""
-    options = arguments(__doc__)
-    arrays = {}
-    for kind, codec, encode, distort in (
-        ("image", image_codec, encode_images, augment.images),
-        ("audio", audio_codec, encode_sounds, augment.sounds),
-    ):
-        model = codec.load(options.work)
-        for split in ("train", "validation", "held_out"):
-            data = load_split(options.work, split)
-            samples = torch.from_numpy(image_batch(data.images) if kind == "image" else audio_batch(data.recordings))
-            labels = data.image_labels if kind == "image" else data.recording_labels
-            arrays[f"{split}.{kind}.labels"] = torch.from_numpy(labels)
-            for name, (strength, count) in VERSIONS.items():
-                if split != "train" and name != "plain":
-                    continue
+def encode_all(work: Path, kind: str) -> dict[str, torch.Tensor]:
+    """`{split}.{version}` int16 [versions, n, length] and `{split}.labels` of one modality."""
+    codec, encode, distort = MODALITIES[kind]
+    model, arrays = codec.load(work), {}
+    for split in ("train", "validation", "held_out"):
+        data = load_split(work, split)
+        samples = torch.from_numpy(image_batch(data.images) if kind == "image" else audio_batch(data.recordings))
+        arrays[f"{split}.labels"] = torch.from_numpy(data.image_labels if kind == "image" else data.recording_labels)
+        for name, (strength, count) in VERSIONS[kind].items():
+            if split == "train" or name == "plain":
                 torch.manual_seed(SEED)
-                versions = [encode(model, distort(samples, strength) if strength else samples) for _ in range(count)]
-                arrays[f"{split}.{kind}.{name}"] = torch.stack(versions)
-            print(kind, split, {name: tuple(value.shape) for name, value in arrays.items() if name.startswith(f"{split}.{kind}")}, flush=True)
-    save_file(arrays, options.work / "tokens.safetensors")
+                arrays[f"{split}.{name}"] = torch.stack(
+                    [encode(model, distort(samples, strength) if strength else samples) for _ in range(count)]
+                )
+    return arrays
+
+
+MODALITIES = {
+    "image": (image_codec, encode_images, augment.images),
+    "audio": (audio_codec, encode_sounds, augment.sounds),
+}
+
+
+def main() -> None:
+    """Write `work/tokens_{image,audio}.safetensors`."""
+    options = arguments(__doc__, modality={"choices": tuple(MODALITIES), "nargs": "+", "default": list(MODALITIES)})
+    for kind in options.modality:
+        arrays = encode_all(options.work, kind)
+        save_file(arrays, options.work / f"tokens_{kind}.safetensors")
+        print(kind, {name: tuple(value.shape) for name, value in arrays.items()}, flush=True)
 
 
 def load(work: Path) -> dict[str, torch.Tensor]:
-    """The arrays that this step wrote."""
-    return load_file(work / "tokens.safetensors")
+    """The arrays of the modalities encoded so far, as `{split}.{kind}.{version}` and `{split}.{kind}.labels`."""
+    arrays = {}
+    for kind in MODALITIES:
+        path = work / f"tokens_{kind}.safetensors"
+        for name, value in (load_file(path) if path.exists() else {}).items():
+            split, _, version = name.partition(".")
+            arrays[f"{split}.{kind}.{version}"] = value
+    return arrays
 
 
 if __name__ == "__main__":

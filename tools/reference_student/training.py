@@ -17,7 +17,9 @@ def arguments(description: str, **extra: dict) -> argparse.Namespace:
     """Parse `--data`, `--work` and the step's own options; creates the work folder."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with mnist/ and fsdd/")
-    parser.add_argument("--work", type=Path, default=Path("build/reference_student"), help="checkpoints and intermediate files")
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/reference_student"), help="checkpoints and intermediate files"
+    )
     parser.add_argument("--threads", type=int, default=2, help="torch threads")
     for name, settings in extra.items():
         parser.add_argument(f"--{name.replace('_', '-')}", **settings)
@@ -84,5 +86,13 @@ def fit(
             figures = " ".join(f"{name} {float(value.detach()):.4f}" for name, value in values.items())
             print(f"{path.stem} step {step + 1}/{steps} {time.monotonic() - started:.0f}s {figures}", flush=True)
         if (step + 1) % save_every == 0 or step + 1 == steps:
-            save_atomically({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1, "seconds": time.monotonic() - started}, path)
+            save_atomically(
+                {
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "step": step + 1,
+                    "seconds": time.monotonic() - started,
+                },
+                path,
+            )
     return model.eval()

@@ -17,14 +17,40 @@ WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 SPECIALS = ("<bos>", "<eos>", "<pad>", "<image>", "</image>", "<audio>", "</audio>", "<reserved>")
 TEXT = 384
 IMAGE_PROMPTS = (
-    "a handwritten {}", "draw a {}", "draw the number {}", "draw the digit {}", "write a {}", "write the number {}",
-    "the digit {}, handwritten", "a picture of the digit {}", "an image of a {}", "handwritten digit {}", "show me a {}",
-    "sketch the number {}", "a {} written by hand", "please draw a {}", "paint a handwritten {}", "picture: {}",
+    "a handwritten {}",
+    "draw a {}",
+    "draw the number {}",
+    "draw the digit {}",
+    "write a {}",
+    "write the number {}",
+    "the digit {}, handwritten",
+    "a picture of the digit {}",
+    "an image of a {}",
+    "handwritten digit {}",
+    "show me a {}",
+    "sketch the number {}",
+    "a {} written by hand",
+    "please draw a {}",
+    "paint a handwritten {}",
+    "picture: {}",
 )
 AUDIO_PROMPTS = (
-    "say {}", "say the number {}", "say the digit {}", "speak {}", "speak the number {}", "pronounce {}",
-    "read {} aloud", "the digit {}, spoken", "a voice saying {}", "the sound of {}", "please say {}", "tell me the number {}",
-    "a recording of {}", "spoken digit {}", "utter the word {}", "sound: {}",
+    "say {}",
+    "say the number {}",
+    "say the digit {}",
+    "speak {}",
+    "speak the number {}",
+    "pronounce {}",
+    "read {} aloud",
+    "the digit {}, spoken",
+    "a voice saying {}",
+    "the sound of {}",
+    "please say {}",
+    "tell me the number {}",
+    "a recording of {}",
+    "spoken digit {}",
+    "utter the word {}",
+    "sound: {}",
 )
 
 
@@ -55,7 +81,7 @@ class Vocabulary:
 
 
 def prompts(templates: tuple[str, ...], digit: int) -> list[str]:
-    """Every way the corpus asks for one digit: as a word or a numeral, capitalised or not, with or without a full stop."""
+    """Every way the corpus asks for one digit: word or numeral, capitalised or not, with or without a full stop."""
     result = []
     for template in templates:
         for name in (WORDS[digit], str(digit)):
@@ -69,7 +95,12 @@ def prompts(templates: tuple[str, ...], digit: int) -> list[str]:
 
 def corpus() -> list[str]:
     """The text the tokenizer is trained on: all prompts and all answers."""
-    return [text for digit in range(10) for templates in (IMAGE_PROMPTS, AUDIO_PROMPTS) for text in (*prompts(templates, digit), WORDS[digit])]
+    return [
+        text
+        for digit in range(10)
+        for templates in (IMAGE_PROMPTS, AUDIO_PROMPTS)
+        for text in (*prompts(templates, digit), WORDS[digit])
+    ]
 
 
 def train() -> Tokenizer:
@@ -77,7 +108,9 @@ def train() -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=TEXT, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=TEXT, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
     tokenizer.train_from_iterator(corpus(), trainer)
     if tokenizer.get_vocab_size() != TEXT:
         raise ValueError(f"the corpus gave {tokenizer.get_vocab_size()} text ids, {TEXT} are needed; add prompts")
@@ -117,7 +150,7 @@ def main() -> None:
     options = arguments(__doc__)
     write(train(), options.work / "tokenizer", "1.0.0")
     vocabulary = load(options.work / "tokenizer")
-    print(f"{TEXT} text ids, {len(SPECIALS)} special, {vocabulary.size} in all; 'a handwritten seven' = {vocabulary.encode('a handwritten seven')}, 'seven' = {vocabulary.encode('seven')}")
+    print(f"{TEXT} text ids, {len(SPECIALS)} special, {vocabulary.size} in all; 'seven' = {vocabulary.encode('seven')}")
 
 
 if __name__ == "__main__":
