@@ -245,8 +245,7 @@ def _snake(channels: int, dtype: type) -> Case:
     def inputs(random: np.random.Generator, length: int) -> dict[str, Array]:
         return {"z": (3 * random.standard_normal((2, channels, length))).astype(dtype)}
 
-    # float16 holds an argument of 10 to 1/200 only, and the sine of that is as far off.
-    tolerance = FLOAT32 if dtype is np.float32 else dict.fromkeys(FLOAT16, 1e-2)
+    tolerance = FLOAT32 if dtype is np.float32 else FLOAT16
     return Case("snake", f"{np.dtype(dtype).name}-{channels}", inputs, {"z": 2}, {}, snake, tolerance)
 
 
