@@ -16,8 +16,8 @@ from device_profiles.schema import Profile
 
 if TYPE_CHECKING:
     from exporters.plan import Entry, Forecast
-    from runtimes.bundle import Bundle
-    from runtimes.report import Report
+    from runtimes.bundle import Artifact, Bundle
+    from runtimes.report import Latency, Report, Result
 
 STYLE = {"passed": "green", "failed": "bold red", "proxy": "yellow", "pending-device": "cyan"}
 UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
@@ -110,16 +110,11 @@ def print_summary(bundle: Bundle, report: Report, reused: bool) -> None:
         title=f"{bundle.student.name} {bundle.student.version} for {bundle.profile['title']}",
     )
     for artifact in bundle.artifacts:
-        rows = [
-            r
-            for r in report.results
-            if (r.component, r.backend, r.form, r.mode)
-            == (artifact.component, artifact.backend, artifact.form, artifact.mode)
-        ]
+        rows = [row for row in report.results if _is_of(row, artifact)]
         status = next((s for s in ("failed", "pending-device", "proxy") if any(r.status == s for r in rows)), "passed")
         held = sum(row.status != "failed" for row in rows)
         bytes_ = sum(bundle.files[path].size for path in artifact.files)
-        precision = f"{artifact.precision['weights']}, {artifact.precision['activations']} activations"
+        precision = f"{artifact.precision['weights']} x {artifact.precision['activations']}"
         table.add_row(
             artifact.component,
             artifact.label + (" *" if artifact.preferred else ""),
@@ -142,6 +137,13 @@ def print_summary(bundle: Bundle, report: Report, reused: bool) -> None:
             f"Inheritance: {inherited['identical']} of {inherited['total']} codes, scales and zero points "
             "read back identical."
         )
+    if lost := [row for row in report.failed if row.backend == "torch"]:
+        worst = ", ".join(f"{row.metric} {row.value:.3g} (limit {row.limit:.3g})" for row in lost)
+        console.print(
+            f"The quantised student is further from the float one than the profile wishes: {worst}. "
+            "This is the student's, not the export's.",
+            style="yellow",
+        )
     if missing:
         console.print(
             f"Not made here: {', '.join(missing)} (the profile names them; this version does not build them)."
@@ -151,14 +153,15 @@ def print_summary(bundle: Bundle, report: Report, reused: bool) -> None:
     )
 
 
-def _speed(report: Report, artifact) -> str:
-    figures = {
-        row.metric: row
-        for row in report.latency
-        if (row.component, row.backend, row.form, row.mode)
-        == (artifact.component, artifact.backend, artifact.form, artifact.mode)
-    }
-    for metric, unit in (("tokens_per_second", "tok/s"), ("p50_ms", "ms"), ("latency_p50", "ms")):
+def _is_of(row: Result | Latency, artifact: Artifact) -> bool:
+    """Whether a row of the report is about an artifact."""
+    names = ("component", "backend", "form", "mode")
+    return all(getattr(row, name) == getattr(artifact, name) for name in names)
+
+
+def _speed(report: Report, artifact: Artifact) -> str:
+    figures = {row.metric: row for row in report.latency if _is_of(row, artifact)}
+    for metric, unit in (("tokens_per_second", "tok/s"), ("latency_p50", "ms")):
         if metric in figures:
             row = figures[metric]
             return f"{row.value:,.2f} {unit}" + ("" if row.status == "valid" else " (invalid)")

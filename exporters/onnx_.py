@@ -154,9 +154,9 @@ def _artifact(program: Program, form: str, mode: str, model: ir.Model, path: Pat
 
 
 def _precision(program: Program, mode: str) -> dict[str, str]:
-    weights = sorted({f"int{matrix.bits} in blocks of {matrix.block}" for matrix in program.inherited.values()})
+    weights = sorted({f"int{matrix.bits} g{matrix.block}" for matrix in program.inherited.values()})
     return {
-        "weights": ", ".join(weights) or "float32",
+        "weights": " + ".join(weights) or "float32",
         "activations": "int8 per block" if mode == "fast" else "float32",
     }
 
