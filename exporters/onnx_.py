@@ -110,7 +110,7 @@ def lower(program: Program, recipe: Form) -> ir.Model:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore", FutureWarning)  # raised inside torch by its own use of pytree
         decomposed = program.exported.run_decompositions(table)
-        model = torch.onnx.export(
+        exported = torch.onnx.export(
             decomposed,
             dynamo=True,
             opset_version=recipe.opset,
@@ -118,20 +118,26 @@ def lower(program: Program, recipe: Form) -> ir.Model:
             verbose=False,
             input_names=[spec.name for spec in program.inputs] + [state.input for state in program.states],
             output_names=[spec.name for spec in program.outputs] + [state.output for state in program.states],
-        ).model
-    context = Context(program, _origins(decomposed))
+        )
+    model = exported.model
+    context = Context(program, _origins(decomposed, exported.exported_program))
     for edit in recipe.passes:
         edit(model, context)
     return model
 
 
-def _origins(decomposed: ExportedProgram) -> dict[str, str]:
-    """Name of a decomposed node -> name of the Program's node that it came from."""
-    origins = {}
-    for node in decomposed.graph.nodes:
-        if sources := node.meta.get("from_node"):
-            origins[node.name] = sources[-1].name
-    return origins
+def _origins(decomposed: ExportedProgram, final: ExportedProgram) -> dict[str, str]:
+    """Name of a node in the graph that became ONNX -> name of the Program's node that it came from.
+
+    Two tracings lie between them: our decompositions, and those of torch.onnx.
+    """
+    first, second = _sources(decomposed), _sources(final)
+    return {name: first.get(source, source) for name, source in second.items() if source in first}
+
+
+def _sources(exported: ExportedProgram) -> dict[str, str]:
+    """Name of a node -> name of the node that it was traced from."""
+    return {node.name: node.meta["from_node"][-1].name for node in exported.graph.nodes if node.meta.get("from_node")}
 
 
 def _artifact(program: Program, form: str, mode: str, model: ir.Model, path: Path, data: Path, out: Path) -> Artifact:

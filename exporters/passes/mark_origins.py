@@ -23,8 +23,8 @@ def mark_origins(model: ir.Model, context: Context) -> None:
         match = _FX_NAME.match(node.metadata_props.get("pkg.torch.onnx.fx_node", ""))
         scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
         node.metadata_props.clear()
-        if match:
-            node.metadata_props[NODE] = context.origins.get(match[1], match[1])
+        if match and match[1] in context.origins:
+            node.metadata_props[NODE] = context.origins[match[1]]
         if len(scopes) > 1 and scopes[-2]:
             node.metadata_props[MODULE] = scopes[-2]
         node.doc_string = None
