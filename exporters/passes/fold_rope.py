@@ -34,9 +34,12 @@ def fold_rope(graph: Graph) -> None:
         rotations = [_rotation(_source(attention.args[i])) for i in (0, 1)]
         if None in rotations or rotations[0][1] is not rotations[1][1] or attention.args[6] is not None:
             continue
+        angles = rotations[0][1]
+        if not _is_newest(angles.args[2], attention.args[5]):
+            continue
         for node, _, before in rotations:
             replace(node, before)
-        cos, sin, _ = rotations[0][1].args
+        cos, sin, _ = angles.args
         attention.args = (*attention.args[:6], cos, sin, *attention.args[8:])
 
 
@@ -60,6 +63,18 @@ def _rotation(node: Node) -> tuple[Node, Node, Node] | None:
     if angles is None or angles is not _angles(sin, 1) or not _is_rotate_half(half_turned, x):
         return None
     return node, angles, x
+
+
+def _is_newest(positions: Node, last: Node) -> bool:
+    """Whether ``positions`` is last - (S - 1) + arange(S), the positions at which the op itself rotates."""
+    added = _source(positions)
+    if not is_call(added, ATEN.add.Tensor) or added.kwargs:
+        return False
+    first, steps = added.args
+    if not (is_call(first, ATEN.sub.Tensor) and is_call(steps, ATEN.arange.default)) or first.kwargs:
+        return False
+    start, back = first.args
+    return start is last and is_call(back, operator.sub) and back.args == (steps.args[0], 1)
 
 
 def _angles(node: Node, index: int) -> Node | None:

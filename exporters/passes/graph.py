@@ -27,8 +27,10 @@ def shape_of(node: Node) -> torch.Size:
     return node.meta["val"].shape
 
 
-def same_shape(a: Node, b: Node) -> bool:
-    """Whether two tensors provably have one shape."""
+def same_shape(a, b) -> bool:
+    """Whether two arguments are tensors that provably have one shape; a number is not."""
+    if not (isinstance(a, Node) and isinstance(b, Node)):
+        return False
     left, right = shape_of(a), shape_of(b)
     return len(left) == len(right) and all(str(x) == str(y) for x, y in zip(left, right, strict=True))
 
