@@ -1,0 +1,312 @@
+"""Each model pass does what its docstring draws on a small ONNX model, and keeps off what looks alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from exporters import ops
+from exporters.blocks import pack_bits, unpack_bits
+from exporters.onnx_ import FORMS, lower
+from exporters.onnx_weights import read_matrices
+from exporters.passes.attach_weights import attach_weights
+from exporters.passes.context import Context
+from exporters.passes.mark_origins import MODULE, NODE
+from exporters.passes.set_accuracy_level import set_fast_accuracy
+from exporters.passes.settle_reshapes import settle_reshapes
+from exporters.passes.split_bytes import split_bytes
+from exporters.passes.transpose_weights import transpose_weights
+from exporters.passes.type_codes import type_codes
+from exporters.program import Constant, Program, capture
+from runtimes.bundle import TensorSpec
+
+FLOAT = TensorProto.FLOAT
+RANDOM = np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module")
+def program() -> Program:
+    """A quantised layer and a norm, captured: what a Context holds."""
+
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("codes", torch.from_numpy(RANDOM.integers(0, 256, (7, 3, 16), np.uint8)))
+            self.register_buffer("scales", torch.rand(7, 3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return ops.quantized_linear(x, self.codes, self.scales, None, None, 4, 96)
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = Layer()
+            self.register_buffer("norm", torch.ones(96))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(ops.rms_norm(x, self.norm, 1e-5))
+
+    spec = (TensorSpec("y", "float32", (1, "S", 7)),)
+    return capture("lm", Model(), (torch.rand(1, 3, 96),), {"x": {1: "S"}}, spec, ("x",))
+
+
+def model_of(
+    nodes: list[onnx.NodeProto], inputs: dict[str, list[int | str]], outputs: dict[str, list[int | str]],
+    **weights: np.ndarray,
+) -> ir.Model:  # fmt: skip
+    """An onnx_ir model; inputs and outputs are float."""
+    infos = [
+        [helper.make_tensor_value_info(name, FLOAT, shape) for name, shape in group.items()]
+        for group in (inputs, outputs)
+    ]
+    tensors = [numpy_helper.from_array(value, name) for name, value in weights.items()]
+    graph = helper.make_graph(nodes, "g", *infos, tensors)
+    imports = [helper.make_opsetid("", 24), helper.make_opsetid("com.microsoft", 1)]
+    return ir.from_proto(helper.make_model(graph, opset_imports=imports, ir_version=10))
+
+
+def operators(model: ir.Model) -> list[str]:
+    return [node.op_type for node in model.graph]
+
+
+def run(model: ir.Model, **feeds: np.ndarray) -> np.ndarray:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    data = ir.to_proto(model).SerializeToString()
+    return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"]).run(None, feeds)[0]
+
+
+# --- type_codes -----------------------------------------------------------------------------------------------------
+
+
+def dequantising(bits: int, zeros: bool, gathered: bool = False) -> tuple[ir.Model, dict[str, np.ndarray]]:
+    """Given of type_codes: 5 rows, 3 blocks of 32; optionally something else reads the codes as bytes too."""
+    rows, blocks, block = 5, 3, 32
+    weights = {
+        "m.codes": RANDOM.integers(0, 256, (rows, blocks, block * bits // 8), np.uint8),
+        "m.scales": RANDOM.random((rows, blocks), np.float32),
+    }
+    if zeros:
+        weights["m.zeros"] = pack_bits(RANDOM.integers(0, 2**bits, (rows, blocks)).astype(np.uint8), bits)
+    nodes = [helper.make_node("DequantizeLinear", list(weights), ["y"], axis=1, block_size=block)]
+    outputs: dict[str, list[int | str]] = {"y": [rows, blocks * block]}
+    if gathered:
+        nodes += [
+            helper.make_node("Gather", ["m.codes", "at"], ["row"]),
+            helper.make_node("Cast", ["row"], ["z"], to=FLOAT),
+        ]
+        weights["at"] = np.array([2])
+        outputs["z"] = [1, blocks, block * bits // 8]
+    return model_of(nodes, {}, outputs, **weights), weights
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("zeros", [True, False])
+def test_type_codes_keeps_the_bytes(bits: int, zeros: bool, program: Program) -> None:
+    model, weights = dequantising(bits, zeros)
+    type_codes(model, Context(program))
+    [node] = model.graph
+    codes, scales, points = (value.const_value for value in node.inputs)
+    wanted = {4: ir.DataType.UINT4, 8: ir.DataType.UINT8}[bits]
+    assert codes.dtype == points.dtype == wanted
+    assert codes.tobytes() == weights["m.codes"].tobytes()
+    assert scales.tobytes() == weights["m.scales"].tobytes()
+    assert (tuple(codes.shape), tuple(points.shape)) == ((5, 96), (5, 3))
+    expected = unpack_bits(weights["m.zeros"], bits, 3).astype(int) if zeros else np.full((5, 3), 2 ** (bits - 1))
+    np.testing.assert_array_equal(np.asarray(points.numpy()).astype(np.uint8), expected)
+    assert set(model.graph.initializers) == {"m.codes.typed", "m.scales", "m.zeros.typed"}
+    # And ONNX Runtime reads them as we do.
+    centred = unpack_bits(weights["m.codes"].reshape(5, -1), bits, 96).reshape(5, 3, 32) - expected[..., None]
+    np.testing.assert_array_equal(
+        run(model), (centred * weights["m.scales"][..., None]).astype(np.float32).reshape(5, 96)
+    )
+
+
+def test_type_codes_leaves_bytes_that_are_read_as_bytes(program: Program) -> None:
+    model, weights = dequantising(4, True, gathered=True)
+    type_codes(model, Context(program))
+    [gather] = [node for node in model.graph if node.op_type == "Gather"]
+    assert gather.inputs[0].name == "m.codes" and gather.inputs[0].dtype == ir.DataType.UINT8
+    assert gather.inputs[0].const_value.tobytes() == weights["m.codes"].tobytes()
+
+
+# --- transpose_weights ----------------------------------------------------------------------------------------------
+
+
+def product(*others: onnx.NodeProto) -> tuple[ir.Model, np.ndarray]:
+    weight = RANDOM.random((4, 6), np.float32)
+    nodes = [
+        helper.make_node("Transpose", ["W"], ["T"], perm=[1, 0]),
+        helper.make_node("MatMul", ["x", "T"], ["y"]),
+        *others,
+    ]
+    outputs: dict[str, list[int | str]] = {"y": [2, 4]} | {node.output[0]: ["A", "B"] for node in others}
+    return model_of(nodes, {"x": [2, 6]}, outputs, W=weight), weight
+
+
+def test_transpose_weights_writes_the_weight_turned(program: Program) -> None:
+    model, weight = product()
+    transpose_weights(model, Context(program))
+    assert operators(model) == ["MatMul"]
+    assert model.graph.initializers["W"].const_value.numpy().flags.c_contiguous
+    np.testing.assert_array_equal(model.graph.initializers["W"].const_value.numpy(), weight.T)
+    x = RANDOM.random((2, 6), np.float32)
+    np.testing.assert_allclose(run(model, x=x), x @ weight.T, rtol=1e-6)
+
+
+def test_transpose_weights_leaves_a_shared_weight(program: Program) -> None:
+    model, weight = product(helper.make_node("Relu", ["W"], ["z"]))
+    transpose_weights(model, Context(program))
+    assert "Transpose" in operators(model)
+    np.testing.assert_array_equal(model.graph.initializers["W"].const_value.numpy(), weight)
+
+
+def test_transpose_weights_leaves_what_is_computed(program: Program) -> None:
+    nodes = [helper.make_node("Transpose", ["x"], ["T"], perm=[1, 0]), helper.make_node("Relu", ["T"], ["y"])]
+    model = model_of(nodes, {"x": [2, 6]}, {"y": [6, 2]})
+    transpose_weights(model, Context(program))
+    assert operators(model) == ["Transpose", "Relu"]
+
+
+# --- split_bytes ----------------------------------------------------------------------------------------------------
+
+
+def multiplied(bits: int, columns: int, zeros: bool) -> ir.Model:
+    rows, block = 5, 32
+    blocks = -(-columns // block)
+    weights = {
+        "m.codes": RANDOM.integers(0, 256, (rows, blocks, block * bits // 8), np.uint8),
+        "m.scales": RANDOM.random((rows, blocks), np.float32),
+    }
+    if zeros:
+        weights["m.zeros"] = RANDOM.integers(0, 256, (rows, -(-blocks * bits // 8)), np.uint8)
+    node = helper.make_node(
+        "MatMulNBits", ["x", *weights], ["y"], domain="com.microsoft",
+        K=columns, N=rows, bits=bits, block_size=block, accuracy_level=1,
+    )  # fmt: skip
+    return model_of([node], {"x": [2, columns]}, {"y": [2, rows]}, **weights)
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+def test_split_bytes_multiplies_with_the_same_weights(zeros: bool, program: Program, tmp_path: Path) -> None:
+    model = multiplied(8, 96, zeros)
+    x = RANDOM.standard_normal((2, 96)).astype(np.float32)
+    before = run(model, x=x)
+    ir.save(model, tmp_path / "before.onnx")
+    split_bytes(model, Context(program))
+    ir.save(model, tmp_path / "after.onnx")
+    assert operators(model) == ["Concat", "MatMulNBits"]
+    np.testing.assert_allclose(run(model, x=x), before, rtol=1e-5, atol=1e-5)
+    stored, read = (read_matrices(tmp_path / name)["m"] for name in ("before.onnx", "after.onnx"))
+    assert (read.bits, read.block) == (8, 32)
+    np.testing.assert_array_equal(read.codes, stored.codes)
+    np.testing.assert_array_equal(read.scales, stored.scales)
+    np.testing.assert_array_equal(
+        read.zero_points, np.full((5, 3), 128) if stored.zero_points is None else stored.zero_points
+    )
+
+
+@pytest.mark.parametrize(("bits", "columns"), [(4, 96), (8, 90)], ids=["4 bits", "a padded block"])
+def test_split_bytes_leaves_other_products(bits: int, columns: int, program: Program) -> None:
+    model = multiplied(bits, columns, True)
+    split_bytes(model, Context(program))
+    assert operators(model) == ["MatMulNBits"]
+    assert model.graph[0].attributes["bits"].as_int() == bits
+
+
+# --- the small ones -------------------------------------------------------------------------------------------------
+
+
+def test_set_accuracy_level_touches_the_quantised_products_alone(program: Program) -> None:
+    model = multiplied(4, 96, True)
+    model.graph.append(ir.node("Relu", [model.graph[0].outputs[0]]))
+    set_fast_accuracy(model, Context(program))
+    assert model.graph[0].attributes["accuracy_level"].as_int() == 4
+    assert not model.graph[1].attributes
+
+
+def reshaped(output: list[int | str]) -> ir.Model:
+    nodes = [
+        helper.make_node("Shape", ["x"], ["b"], start=0, end=1),
+        helper.make_node("Concat", ["b", "rest"], ["target"], axis=0),
+        helper.make_node("Reshape", ["x", "target"], ["y"]),
+    ]
+    return model_of(nodes, {"x": ["B", 6, "T"]}, {"y": output}, rest=np.array([2, -1]))
+
+
+def test_settle_reshapes_makes_the_target_constant(program: Program) -> None:
+    model = reshaped(["B", 2, 12])
+    settle_reshapes(model, Context(program))
+    assert operators(model) == ["Reshape"]
+    np.testing.assert_array_equal(model.graph[0].inputs[1].const_value.numpy(), [-1, 2, 12])
+    x = RANDOM.random((3, 6, 4), np.float32)
+    np.testing.assert_array_equal(run(model, x=x), x.reshape(3, 2, 12))
+
+
+@pytest.mark.parametrize("output", [["B", 2, "R"], ["B", 0, 12]], ids=["two free sizes", "an empty tensor"])
+def test_settle_reshapes_leaves_what_it_cannot_settle(output: list[int | str], program: Program) -> None:
+    model = reshaped(output)
+    settle_reshapes(model, Context(program))
+    assert operators(model) == ["Shape", "Concat", "Reshape"]
+
+
+def test_attach_weights_loads_when_asked(program: Program) -> None:
+    loaded = []
+
+    def load() -> np.ndarray:
+        loaded.append(True)
+        return np.full((4, 6), 7, np.float32)
+
+    own = Program("lm", program.exported, (), (), constants={"W": Constant("float32", (4, 6), load)})
+    model, _ = product(helper.make_node("Relu", ["V"], ["z"]))
+    kept = RANDOM.random((2, 2), np.float32)
+    model.graph.register_initializer(ir.Value(name="V", const_value=ir.Tensor(kept, name="V")))
+    attach_weights(model, Context(own))
+    assert not loaded
+    np.testing.assert_array_equal(model.graph.initializers["W"].const_value.numpy(), np.full((4, 6), 7))
+    np.testing.assert_array_equal(model.graph.initializers["V"].const_value.numpy(), kept)
+    assert loaded
+
+
+# --- mark_origins ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", [("fused", "exact"), ("standard", "exact")], ids="/".join)
+def test_mark_origins_names_the_program(form: tuple[str, str], program: Program, tmp_path: Path) -> None:
+    model = lower(program, FORMS[form])
+    names = {node.name for node in program.exported.graph.nodes}
+    marked = {node.op_type: dict(node.metadata_props) for node in model.graph}
+    assert all(row[NODE] in names for row in marked.values())
+    assert all(set(row) <= {NODE, MODULE} for row in marked.values())
+    weighted = {"fused": "MatMulNBits", "standard": "MatMul"}[form[0]]
+    assert marked[weighted] == {NODE: "quantized_linear", MODULE: "layer"}
+    assert marked["RMSNormalization"] == {NODE: "rms_norm"}
+    ir.save(model, tmp_path / "model.onnx")
+    raw = (tmp_path / "model.onnx").read_bytes()
+    for trace in (
+        b".py",
+        b"site-packages",
+        str(Path.cwd()).encode(),
+        b"pkg.torch",
+        b"Traceback",
+        str(tmp_path).encode(),
+    ):
+        assert trace not in raw
+    assert onnx.load(tmp_path / "model.onnx", load_external_data=False).producer_name == "edge-export"
+
+
+def test_lowering_twice_gives_the_same_file(program: Program) -> None:
+    def written(make: Callable[[], ir.Model]) -> bytes:
+        return ir.to_proto(make()).SerializeToString(deterministic=True)
+
+    recipe = FORMS["standard", "exact"]
+    assert written(lambda: lower(program, recipe)) == written(lambda: lower(program, recipe))
