@@ -99,16 +99,10 @@ def print_forecast(profile: Profile, forecast: Forecast, entries: Iterable[Entry
 def print_summary(bundle: Bundle, report: Report, reused: bool) -> None:
     """One line per artifact with its worst status and its speed, what was left out, and where everything is."""
     table = Table(
-        "component",
-        "artifact",
-        "precision",
-        "size",
-        "gates",
-        "status",
-        "speed",
-        title_justify="left",
-        title=f"{bundle.student.name} {bundle.student.version} for {bundle.profile['title']}",
+        title_justify="left", title=f"{bundle.student.name} {bundle.student.version} for {bundle.profile['title']}"
     )
+    for column in ("component", "artifact", "precision", "size", "gates", "status", "speed"):
+        table.add_column(column, no_wrap=column in ("component", "artifact", "size", "speed"))
     for artifact in bundle.artifacts:
         rows = [row for row in report.results if _is_of(row, artifact)]
         status = next((s for s in ("failed", "pending-device", "proxy") if any(r.status == s for r in rows)), "passed")
