@@ -101,21 +101,18 @@ def print_summary(bundle: Bundle, report: Report, reused: bool) -> None:
     table = Table(
         title_justify="left", title=f"{bundle.student.name} {bundle.student.version} for {bundle.profile['title']}"
     )
-    for column in ("component", "artifact", "precision", "size", "gates", "status", "speed"):
-        table.add_column(column, no_wrap=column in ("component", "artifact", "size", "speed"))
+    for column in ("component", "artifact", "size", "gates", "speed"):
+        table.add_column(column, no_wrap=True)
     for artifact in bundle.artifacts:
         rows = [row for row in report.results if _is_of(row, artifact)]
         status = next((s for s in ("failed", "pending-device", "proxy") if any(r.status == s for r in rows)), "passed")
         held = sum(row.status != "failed" for row in rows)
         bytes_ = sum(bundle.files[path].size for path in artifact.files)
-        precision = f"{artifact.precision['weights']} x {artifact.precision['activations']}"
         table.add_row(
             artifact.component,
             artifact.label + (" *" if artifact.preferred else ""),
-            precision,
             size(bytes_),
-            f"{held}/{len(rows)}",
-            status if rows else "pending-device",
+            f"{status} {held}/{len(rows)}" if rows else "pending-device",
             _speed(report, artifact),
             style=STYLE[status],
         )
