@@ -19,7 +19,11 @@ from tools.reference_student.spectrum import log_mel
 from tools.reference_student.training import arguments, fit
 
 CODEBOOKS, CODEBOOK, FRAMES, HOP = 4, 256, 20, 256
-CHECKPOINTS = {"spectra": "audio_codec_spectra.pt", "features": "audio_codec.pt"}
+CHECKPOINTS = {
+    "spectra": "audio_codec_spectra.pt",
+    "features": "audio_codec_features.pt",
+    "decoder": "audio_codec.pt",
+}
 SCALES = ((64, 8), (128, 20), (256, 40), (512, 64), (1024, 80))
 
 
@@ -141,7 +145,7 @@ def train_spectra(work: Path, steps: int, batch: int, peak: float, compiled: boo
 
 
 def train_features(work: Path, steps: int, batch: int, peak: float, compiled: bool) -> DacModel:
-    """Stage 2: the critic joins the loss, codebooks follow by moving average; leaves `work/audio_codec.pt`."""
+    """Stage 2: the critic joins the loss, codebooks follow by moving average; leaves `work/audio_codec_features.pt`."""
     model = build()
     model.load_state_dict(torch.load(work / CHECKPOINTS["spectra"], weights_only=True)["model"])
     judge = critic.load(work)
@@ -170,10 +174,36 @@ def train_features(work: Path, steps: int, batch: int, peak: float, compiled: bo
     return fit(model, loss, work / CHECKPOINTS["features"], steps, peak, after_step=after_step, save_every=250)
 
 
-def load(work: Path) -> DacModel:
-    """The trained codec with its weights rounded to float16 (what ships), computing in float32."""
+def train_decoder(work: Path, steps: int, batch: int, peak: float, compiled: bool) -> DacModel:
+    """Stage 3: the decoder alone, for codes that stay as they are; leaves `work/audio_codec.pt`.
+
+    The language models depend on the codes only, so they can train beside this stage.
+    """
     model = build()
-    state = torch.load(work / "audio_codec.pt", weights_only=True)["model"]
+    model.load_state_dict(torch.load(work / CHECKPOINTS["features"], weights_only=True)["model"])
+    model.encoder.requires_grad_(False)
+    model.quantizer.requires_grad_(False)
+    judge = critic.load(work)
+    sounds = torch.from_numpy(audio_batch(load_split(work, "train").recordings))
+    decoder = torch.compile(model.decoder) if compiled else model.decoder
+
+    def loss(_step: int) -> dict[str, torch.Tensor]:
+        target = augment.sounds(sounds[torch.randint(0, len(sounds), (batch,))], 0.5)
+        with torch.no_grad():
+            quantized = model.quantizer.from_codes(encode(model, target))[0]
+        output = decoder(quantized)[:, 0]
+        spectral, loud = spectral_distance(output, target[:, 0]), loudness_distance(output, target[:, 0])
+        features = critic.distance(judge, output, target[:, 0])
+        total = 2.0 * spectral + 10.0 * loud + 0.5 * features
+        return {"loss": total, "spectral": spectral, "loud": loud, "features": features}
+
+    return fit(model, loss, work / CHECKPOINTS["decoder"], steps, peak, save_every=100)
+
+
+def load(work: Path, stage: str = "decoder") -> DacModel:
+    """The codec after `stage` with its weights rounded to float16 (what ships), computing in float32."""
+    model = build()
+    state = torch.load(work / CHECKPOINTS[stage], weights_only=True)["model"]
     model.load_state_dict({name: value.half().float() for name, value in state.items()})
     return model.eval()
 
@@ -208,9 +238,9 @@ def main() -> None:
         rate={"type": float, "default": 8e-4},
         eager={"action": "store_true", "help": "do not compile (no C++ compiler needed, slower)"},
     )
-    train = train_spectra if options.stage == "spectra" else train_features
+    train = {"spectra": train_spectra, "features": train_features, "decoder": train_decoder}[options.stage]
     train(options.work, options.steps, options.batch, options.rate, not options.eager)
-    if options.stage == "features":
+    if options.stage == "decoder":
         report(options.work)
 
 

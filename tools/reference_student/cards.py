@@ -103,7 +103,8 @@ said and not the phase: SI-SNR, which compares waveforms, is low by construction
 Measured by `{quality["command"]}`; all figures are in `quality.json`.
 
 `pictures/digits.png`, a column for each digit: held-out, decoded, then two rows each of float, int8
-and int4, sampled. `pictures/speech.png`: spectrograms, held-out, decoded, float, int8, int4.
+and int4, sampled. `pictures/speech.png`: spectrograms of the even digits, held-out, decoded, float,
+int8, int4.
 
 ## Use and limits
 

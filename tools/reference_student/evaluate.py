@@ -1,8 +1,10 @@
 """Step `evaluate`: what the teacher, the float student, int8 and int4 can do, as judged by classifiers of real data.
 
-Writes `work/quality.json`. Every figure is a share of held-out or generated samples, in percent.
+Writes `work/quality.json`, keeping the figures of models that this run does not measure. Every figure is
+a share of held-out or generated samples, in percent.
 """
 
+import argparse
 import json
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from tools.reference_student.training import arguments
 
 COMMAND = "python -m tools.reference_student.evaluate"
 MODELS = ("teacher", "float", "int8", "int4")
-PER_DIGIT = 40
+PER_DIGIT = 20
 
 
 def load_model(work: Path, name: str, words: vocabulary.Vocabulary) -> LlamaForCausalLM:
@@ -132,9 +134,17 @@ def main() -> None:
     options = arguments(
         __doc__,
         models={"nargs": "+", "default": list(MODELS), "choices": MODELS},
+        signals={"action": argparse.BooleanOptionalAction, "default": True, "help": "measure the discretizers too"},
         per_digit={"type": int, "default": PER_DIGIT, "help": "sampled generations of each digit"},
     )
-    bench = Bench(options.work)
+    bench, path = Bench(options.work), options.work / "quality.json"
+    signals = signal_quality(bench) if options.signals else None
+    figures = {}
+    for name in options.models:
+        figures[name] = model_quality(bench, load_model(options.work, name, bench.words), options.per_digit)
+        print(name, json.dumps(figures[name]), flush=True)
+    known = json.loads(path.read_text()) if path.exists() else {"discretizers": {}, "models": {}}
+    models = {**known["models"], **figures}
     quality = {
         "command": COMMAND,
         "unit": "percent unless the name says dB",
@@ -143,14 +153,11 @@ def main() -> None:
             "images": len(bench.codes["held_out.image.labels"]),
             "recordings": len(bench.codes["held_out.audio.labels"]),
         },
-        "discretizers": signal_quality(bench),
-        "models": {},
+        "discretizers": signals or known["discretizers"],
+        "models": {name: models[name] for name in MODELS if name in models},
     }
-    print(json.dumps(quality["discretizers"]), flush=True)
-    for name in options.models:
-        quality["models"][name] = model_quality(bench, load_model(options.work, name, bench.words), options.per_digit)
-        print(name, json.dumps(quality["models"][name]), flush=True)
-    (options.work / "quality.json").write_text(json.dumps(quality, indent=2) + "\n")
+    path.write_text(json.dumps(quality, indent=2) + "\n")
+    print(json.dumps(quality["discretizers"]))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from tools.reference_student.training import SEED, arguments
 # Mild versions are what generation learns to make; strong ones are only read.
 VERSIONS = {
     "image": {"plain": (0.0, 1), "mild": (0.5, 8), "strong": (1.0, 20)},
-    "audio": {"plain": (0.0, 1), "mild": (0.5, 5), "strong": (1.0, 12)},
+    "audio": {"plain": (0.0, 1), "mild": (0.5, 2), "strong": (1.0, 4)},
 }
 
 
@@ -32,8 +32,10 @@ def encode_sounds(model: torch.nn.Module, sounds: torch.Tensor) -> torch.Tensor:
 
 def encode_all(work: Path, kind: str) -> dict[str, torch.Tensor]:
     """`{split}.{version}` int16 [versions, n, length] and `{split}.labels` of one modality."""
-    codec, encode, distort = MODALITIES[kind]
-    model, arrays = codec.load(work), {}
+    encode, distort = MODALITIES[kind]
+    # The codes do not depend on the audio codec's last stage, which may still be training.
+    model = audio_codec.load(work, "features") if kind == "audio" else image_codec.load(work)
+    arrays = {}
     for split in ("train", "validation", "held_out"):
         data = load_split(work, split)
         samples = torch.from_numpy(image_batch(data.images) if kind == "image" else audio_batch(data.recordings))
@@ -48,8 +50,8 @@ def encode_all(work: Path, kind: str) -> dict[str, torch.Tensor]:
 
 
 MODALITIES = {
-    "image": (image_codec, encode_images, augment.images),
-    "audio": (audio_codec, encode_sounds, augment.sounds),
+    "image": (encode_images, augment.images),
+    "audio": (encode_sounds, augment.sounds),
 }
 
 
