@@ -35,14 +35,18 @@ def size(count: float | None) -> str:
 
 @contextmanager
 def progress() -> Iterator[Callable[[str, int], None]]:
-    """A line that shows the stage, the bytes written and the time; the callback takes (stage, bytes)."""
+    """A line that shows the stage, the bytes written and the time; the callback takes (stage, bytes).
+
+    Where standard error is no terminal nothing is shown: rich would leave an empty line there.
+    """
+    console = Console(stderr=True)
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
         TextColumn("{task.fields[written]}"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("start", total=None, written="")
         total = 0
 
@@ -61,9 +65,9 @@ def error(problem: Exception) -> None:
 
 def print_profiles(profiles: Iterable[Profile]) -> None:
     """The devices with what matters most of each."""
-    table = Table(
-        "profile", "device", "memory", "bandwidth", "backends in order", title="Profiles", title_justify="left"
-    )
+    table = Table(title="Profiles", title_justify="left")
+    for column in ("profile", "device", "memory", "bandwidth", "backends in order"):
+        table.add_column(column, no_wrap=column == "profile")  # the name is what one types
     for profile in profiles:
         bandwidth = profile.bandwidth_bytes_per_s
         table.add_row(
