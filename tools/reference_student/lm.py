@@ -21,6 +21,7 @@ READ_SHARE = 0.25
 # bos, up to 10 prompt tokens, 66 or 82 for the signal, eos.
 IMAGES_FIRST = {"text_to_image": 28, "image_to_text": 36}
 ALL_TASKS = {"text_to_image": 14, "image_to_text": 18, "text_to_audio": 16, "audio_to_text": 16}
+GENERATION = {"text_to_image": 24, "image_to_text": 8, "text_to_audio": 24, "audio_to_text": 8}
 IMAGE_LENGTH, LENGTH = 80, 96
 
 

@@ -14,7 +14,14 @@ from transformers import LlamaForCausalLM
 from tools.reference_student import lm, teacher, vocabulary
 from tools.reference_student.training import arguments, fit
 
-CHECKPOINTS = {"images": "student_images.pt", "all": "student_all.pt", "distil": "student.pt"}
+CHECKPOINTS = {
+    "images": "student_images.pt",
+    "all": "student_all.pt",
+    "distil": "student_distilled.pt",
+    "tune": "student.pt",
+}
+PREDECESSORS = {"all": "images", "tune": "distil"}
+SIZES = {"images": lm.IMAGES_FIRST, "all": lm.ALL_TASKS, "tune": lm.GENERATION}
 
 
 def distance(student: torch.Tensor, target: torch.Tensor, form: str, temperature: float) -> torch.Tensor:
@@ -32,14 +39,14 @@ def distance(student: torch.Tensor, target: torch.Tensor, form: str, temperature
     return centred.square().mean(-1)
 
 
-def warm_up(work: Path, stage: str, steps: int, peak: float, compiled: bool) -> LlamaForCausalLM:
-    """Train on the data alone, which needs no teacher yet: image tasks ("images"), then all four ("all")."""
+def supervise(work: Path, stage: str, steps: int, peak: float, compiled: bool) -> LlamaForCausalLM:
+    """Train on the data alone: image tasks ("images"), all four ("all"), or mostly generation ("tune", the last)."""
     words = vocabulary.load(work / "tokenizer")
     model = lm.student(words)
-    if stage == "all":
-        model.load_state_dict(torch.load(work / CHECKPOINTS["images"], weights_only=True)["model"])
-    reader, rows = lm.Reader(model, compiled), lm.Rows(work, words)
-    sizes = lm.IMAGES_FIRST if stage == "images" else lm.ALL_TASKS
+    if stage in PREDECESSORS:
+        start = torch.load(work / CHECKPOINTS[PREDECESSORS[stage]], weights_only=True)
+        model.load_state_dict(start["model"])
+    reader, rows, sizes = lm.Reader(model, compiled), lm.Rows(work, words), SIZES[stage]
     return fit(
         model,
         lambda _step: lm.supervised(reader, rows, sizes),
@@ -54,7 +61,7 @@ def warm_up(work: Path, stage: str, steps: int, peak: float, compiled: bool) -> 
 def distil(
     work: Path, steps: int, peak: float, form: str, alpha: float, temperature: float, compiled: bool
 ) -> LlamaForCausalLM:
-    """Distil, starting from the warmed-up student; leaves the checkpoint `work/student.pt`."""
+    """Distil, starting from the warmed-up student; leaves `work/student_distilled.pt`."""
     words = vocabulary.load(work / "tokenizer")
     model, guide = lm.student(words), teacher.load(work)
     model.load_state_dict(torch.load(work / CHECKPOINTS["all"], weights_only=True)["model"])
@@ -97,7 +104,7 @@ def main() -> None:
         eager={"action": "store_true", "help": "do not compile the backbones (no C++ compiler needed, slower)"},
     )
     if options.stage != "distil":
-        warm_up(options.work, options.stage, options.steps, options.rate, not options.eager)
+        supervise(options.work, options.stage, options.steps, options.rate, not options.eager)
     else:
         distil(
             options.work,
