@@ -11,6 +11,7 @@ shipped reference student is built. A second build with nothing changed reuses t
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -24,15 +25,13 @@ from exporters.contents import build_key
 from exporters.errors import ExportError
 from exporters.package import validate
 from exporters.reference import VARIANTS, assemble
-from runtimes.bench import USUAL, bench
+from runtimes.bench import BUDGET, USUAL, bench, check_budgets
 from runtimes.bundle import Bundle, load_bundle, staged
 from runtimes.errors import Fault
 from runtimes.parity import LOSS, Selection, check
 from runtimes.report import Report, Result, print_report, read_report, write_report
 
 DEFAULT_OUTPUT = Path("bundles")
-#: The profile of the machine that builds.
-HOST = "host"
 
 Progress = Callable[[str, int], None]
 
@@ -113,22 +112,20 @@ def build(request: Request, progress: Progress = quiet) -> tuple[Bundle, Report,
 
 
 def faults(report: Report) -> tuple[Result, ...]:
-    """The failed rows that are this toolchain's: the quantisation loss is the student's own, and a decision."""
-    return tuple(row for row in report.failed if row.gate != LOSS)
+    """The failed rows that are faults: quantisation loss and budgets are the student's and the device's, decisions."""
+    return tuple(row for row in report.failed if row.gate not in (LOSS, BUDGET))
 
 
 def _measure(bundle: Bundle, request: Request, progress: Progress) -> Report:
     """Parity of every artifact, and latency where this machine is the device of the profile."""
-    at_home = request.profile.name == HOST
-    stand_in = None if at_home else f"{load_profile(HOST).soc}, not {request.profile.device}"
-    selection = Selection(stand_in=stand_in)
+    selection = Selection().placed(bundle)
     progress("parity", 0)
     report = Report().merged(results=check(bundle, selection))
-    if at_home and request.bench:
-        progress("latency", 0)
-        rows, environment = bench(bundle, selection, USUAL)
-        return report.merged(latency=rows, environment=environment)
-    return report
+    if selection.stand_in is not None or not request.bench:
+        return report.merged(results=check_budgets(bundle, ()))
+    progress("latency", 0)
+    rows, environment = bench(bundle, selection, USUAL)
+    return report.merged(results=check_budgets(bundle, rows), latency=rows, environment=environment)
 
 
 def _key(request: Request) -> str:
@@ -157,9 +154,10 @@ def _students(options: argparse.Namespace) -> Iterator[tuple[Path, Path | None]]
         yield options.package, options.float_package
         return
     with tempfile.TemporaryDirectory(prefix="reference-student-") as folder:
-        package = assemble(options.variant, Path(folder) / "student")
+        variant = options.variant or VARIANTS[0]
+        package = assemble(variant, Path(folder) / "student")
         floating = options.float_package
-        if floating is None and options.variant != "float":
+        if floating is None and variant != "float":
             floating = assemble("float", Path(folder) / "float")
         yield package, floating
 
@@ -172,7 +170,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--profile", metavar="NAME", help="the device; --list-profiles names them")
     add("--package", type=Path, metavar="DIR", help="delivery package or transformers checkpoint folder")
-    add("--variant", choices=VARIANTS, default="int4", help="of the reference student, without --package (%(default)s)")
+    add("--variant", choices=VARIANTS, help="of the reference student (int4)")
     add("--float-package", type=Path, metavar="DIR", help="the float student, to measure the quantisation loss against")
     add("--output", type=Path, metavar="DIR", help="the bundle's folder (bundles/PROFILE)")
     add("--backends", metavar="A,B", help="onnx,openvino,tvm,coreml,tensorrt (default: all that the profile names)")
@@ -185,6 +183,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if not options.profile and not options.list_profiles:
         parser.error(f"--profile is required; there are: {', '.join(list_profiles())}")
+    if options.package is not None and options.variant is not None:
+        parser.error("--variant chooses among the reference student's, so it does not go with --package")
     if options.context is not None and options.context < 1:
         parser.error("--context must be at least 1")
     return options
@@ -198,7 +198,8 @@ def run_command(options: argparse.Namespace) -> int:
     from exporters.plan import check_backends
 
     profile = load_profile(options.profile)
-    backends = check_backends(options.backends.split(",")) if options.backends else None
+    names = None if options.backends is None else [name.strip() for name in options.backends.split(",")]
+    backends = None if names is None else check_backends(names)
     with _students(options) as (package, floating):
         request = Request(
             profile,
@@ -234,6 +235,8 @@ def _dry_run(request: Request) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line: 0 built, 1 a gate failed, 2 refused with one message."""
     options = parse(arguments)
+    # A terminated build cleans up as an interrupted one does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return run_command(options)
     except GateFailed as error:
@@ -242,6 +245,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except (ExportError, ProfileError, Fault) as error:
         console.error(error)
+        return 2
+    except OSError as error:  # a path that the system refuses, such as one below /proc
+        console.error(ExportError(error.strerror or str(error), where=str(error.filename or options.output)))
         return 2
     except KeyboardInterrupt:
         console.error("interrupted; nothing was published")

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from runtimes.report import Latency, Report, Result
 
 STYLE = {"passed": "green", "failed": "bold red", "proxy": "yellow", "pending-device": "cyan"}
+#: Marks a figure that was measured on a busy or unsteady machine.
+UNUSABLE = " !"
 UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
@@ -108,7 +110,7 @@ def print_summary(bundle: Bundle, report: Report, reused: bool) -> None:
     for column in ("component", "artifact", "size", "gates", "speed"):
         table.add_column(column, no_wrap=True)
     for artifact in bundle.artifacts:
-        rows = [row for row in report.results if _is_of(row, artifact)]
+        rows = [row for row in report.results if _is_of(row, artifact) and row.gate != "budget"]
         status = next((s for s in ("failed", "pending-device", "proxy") if any(r.status == s for r in rows)), "passed")
         held = sum(row.status != "failed" for row in rows)
         bytes_ = sum(bundle.files[path].size for path in artifact.files)
@@ -139,6 +141,12 @@ def print_summary(bundle: Bundle, report: Report, reused: bool) -> None:
             "This is the student's, not the export's.",
             style="yellow",
         )
+    if any(row.status != "valid" for row in report.latency):
+        console.print(
+            f"{UNUSABLE.strip()} marks figures of a busy or unsteady machine: not to be used (report.md says why)."
+        )
+    if any(row.gate == "budget" and row.status == "failed" for row in report.results):
+        console.print("A budget of the profile is exceeded (see the budget rows of report.md).", style="yellow")
     if missing:
         console.print(
             f"Not made here: {', '.join(missing)} (the profile names them; this version does not build them)."
@@ -159,5 +167,5 @@ def _speed(report: Report, artifact: Artifact) -> str:
     for metric, unit in (("tokens_per_second", "tok/s"), ("latency_p50", "ms")):
         if metric in figures:
             row = figures[metric]
-            return f"{row.value:,.2f} {unit}" + ("" if row.status == "valid" else " (invalid)")
+            return f"{row.value:,.{0 if unit == 'tok/s' else 2}f} {unit}" + ("" if row.status == "valid" else UNUSABLE)
     return "-"

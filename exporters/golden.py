@@ -23,10 +23,10 @@ from exporters.student import Student
 STEPS = 64
 #: Samples of the language model; fewer where the vocabulary makes their logits larger than the limit.
 SAMPLES, LARGEST_LOGITS = 8, 16 << 20
-#: Tokens of the longest golden prompt.
-LONGEST_PROMPT = 8
-#: Sizes of a codec's cases relative to the export; the last was not seen there.
-CASES = (1.0, 0.5, 1.5)
+#: Tokens of the longest golden prompt; it ends where the cache does, if that is shorter.
+LONGEST_PROMPT = 192
+#: Positions that a cache must have beyond the steps.
+SHORTEST_PROMPT = 8
 
 
 def write_lm(student: Student, floating: Student | None, capacity: int, path: Path) -> float:
@@ -64,9 +64,11 @@ def lm_samples(student: Student, capacity: int) -> tuple[np.ndarray, np.ndarray]
         rows = [row[:length].tolist() for row, length in zip(held["ids"], held["length"], strict=True)]
     else:
         rows = np.random.default_rng(0).integers(0, vocabulary, (count, STEPS)).tolist()
-    # Prefills of several lengths, as short as the tasks' own.
-    prompts = [3 + (LONGEST_PROMPT - 3) * i // max(count - 1, 1) for i in range(count)]
-    length = min(max(prompts) + STEPS, capacity)
+    # Prefills as short as the tasks' own (the first is what a benchmark times), one whose steps end with the cache,
+    # and a lone first token. The long ones are fed in two chunks (runtimes/compare.py).
+    longest = min(LONGEST_PROMPT, capacity - STEPS)
+    prompts = [min(prompt, longest) for prompt in (8, longest, 1, 3, 4, 5, 6, 24)][:count]
+    length = longest + STEPS
     ids = np.empty((count, length), np.int32)
     for i in range(count):
         chain = [token for j in range(len(rows)) for token in rows[(i * len(rows) // count + j) % len(rows)]]
@@ -108,7 +110,7 @@ def _cases(student: Student, modality: str, model: nn.Module, component: str) ->
     """Inputs of a codec in three sizes; codes are those of real signals where the package has samples."""
     reference = REFERENCES[type(model).__name__]
     samples = _samples(student, modality)
-    for scale in CASES:
+    for scale in reference.scales:
         signal = reference.signal(samples, student.modalities[modality], scale)
         if component.endswith("_encoder"):
             yield signal

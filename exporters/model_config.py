@@ -26,6 +26,7 @@ _DIMENSIONS = {
 MAX_COUNT = 4096
 _COUNT_KEY = re.compile(r"(n|num)_.*(layer|head|expert|group|block|stage)s?.*|.*(layers|experts|blocks|stages)")
 _REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _NOT_FOR_US = ("student_version", "quantization_config", "transformers_version", "architectures")
 
 
@@ -104,6 +105,13 @@ def check_model_config(config: Mapping[str, Any], where: str = "config.json") ->
             where=where,
             way_out=f"The nearest decoders of transformers: {', '.join(near) or 'none'}",
         )
+    for key in _EXPERTS:
+        if isinstance(config.get(key), int) and config[key] > 1:
+            raise ConfigError(
+                f"{key} is {config[key]}: a mixture of experts, which this version does not export",
+                where=where,
+                way_out="Use a dense decoder, such as Llama, Qwen2, Qwen3 or Mistral",
+            )
     _check_dimensions(config, where)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -168,19 +168,21 @@ def _precision(program: Program, mode: str) -> dict[str, str]:
 
 
 def bytes_per_token(program: Program) -> int | None:
-    """Bytes that one decode step must read: every weight once, and half of the KV cache, its average fill.
+    """Bytes of weights that one decode step reads; the KV cache comes on top, by how full it is.
 
-    A table that is only looked up counts as nothing; a tied one is read whole by the head.
+    A table that is only looked up counts as nothing, a tied one is read whole by the head.
     """
     if program.entry != "lm":
         return None
-    weights = sum(constant.nbytes for constant in program.constants.values())
-    state = sum(_state_bytes(spec.shape) for spec in program.states)
-    return weights + state // 2
+    return sum(program.constants[name].nbytes for name in _read_whole(program))
 
 
-def _state_bytes(shape: tuple[int, ...]) -> int:
-    size = 4
-    for dimension in shape:
-        size *= dimension
-    return size
+def _read_whole(program: Program) -> Iterator[str]:
+    """Names of the constants that some node reads whole, rather than a few rows of."""
+    lookups = {op.overload for op in (ops.quantized_embedding, ops.rope_angles, ops.kv_attention)}
+    lookups.add(torch.ops.aten.embedding.default)
+    signature = program.exported.graph_signature
+    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    for node in program.exported.graph.nodes:
+        if node.name in names and any(user.target not in lookups for user in node.users):
+            yield names[node.name]

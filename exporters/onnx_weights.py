@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import onnx_ir as ir
@@ -11,13 +12,16 @@ import onnx_ir as ir
 from exporters.blocks import unpack_bits
 from exporters.inheritance import StoredMatrix
 from exporters.passes.split_bytes import SUFFIX
+from exporters.program import Inherited
 
 
-def read_matrices(path: Path) -> Mapping[str, StoredMatrix]:
+def read_matrices(path: Path, inherited: Mapping[str, Inherited] = MappingProxyType({})) -> Mapping[str, StoredMatrix]:
     """Name of the matrix in the Program -> its values in the file and its external data.
 
-    Only matrices that a MatMulNBits or DequantizeLinear node reads are there: a weight that nothing multiplies with
-    did not arrive.
+    Only matrices that a node reads are there: a weight that nothing computes with did not arrive.
+
+    Args:
+        inherited: the Program's matrices; a table that is only looked up has its layout from there.
     """
     found = {}
     for node in ir.load(path).graph:
@@ -26,6 +30,8 @@ def read_matrices(path: Path) -> Mapping[str, StoredMatrix]:
             found[_matrix_name(node)] = _joined(stored) if node.inputs[1].name.endswith(SUFFIX) else stored
         elif node.op_type == "DequantizeLinear":
             found[_matrix_name(node)] = _from_dequantize(node)
+        elif node.op_type == "Gather" and (name := _table(node)) in inherited:
+            found.setdefault(name, _from_lookup(node, inherited[name]))
     return found
 
 
@@ -34,8 +40,29 @@ def _matrix_name(node: ir.Node) -> str:
     return codes.name.removesuffix(".typed").removesuffix(SUFFIX).removesuffix(".codes")
 
 
+def _table(node: ir.Node) -> str:
+    return (node.inputs[0].name or "").removesuffix(".codes")
+
+
+def _from_lookup(node: ir.Node, layout: Inherited) -> StoredMatrix:
+    """A table of codes whose rows are gathered, with the scales and zero points of the same name."""
+    initializers = node.graph.initializers
+    packed = _values(node.inputs[0])
+    rows, blocks = packed.shape[:2]
+    prefix = _table(node)
+    zeros = initializers.get(f"{prefix}.zeros")
+    codes = unpack_bits(packed.reshape(rows, -1), layout.bits, blocks * layout.block)
+    points = None if zeros is None else unpack_bits(_values(zeros), layout.bits, blocks)
+    return StoredMatrix(codes, _values(initializers[f"{prefix}.scales"]), points, layout.bits, layout.block)
+
+
 def _values(value: ir.Value) -> np.ndarray:
-    return np.asarray(value.const_value.numpy())
+    """A copy: each external tensor maps the file and holds it open, which hundreds of matrices must not."""
+    tensor = value.const_value
+    values = np.array(tensor.numpy())
+    if isinstance(tensor, ir.ExternalTensor):
+        tensor.release()
+    return values
 
 
 def _from_matmul(node: ir.Node) -> StoredMatrix:

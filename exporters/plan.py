@@ -107,7 +107,8 @@ def forecast(profile: Profile, programs: Iterable[Program], golden_bytes: int) -
     for program in programs:
         weights += sum(constant.nbytes for constant in program.constants.values())
         states += sum(state_bytes(program))
-        per_token = per_token or bytes_per_token(program)
+        if (read := bytes_per_token(program)) is not None:
+            per_token = read + sum(state_bytes(program)) // 2  # a cache that is half full
     rate = profile.bandwidth_bytes_per_s / per_token if profile.bandwidth_bytes_per_s and per_token else None
     return Forecast(weights + golden_bytes, RUNTIME_BYTES + 2 * weights + states, per_token, rate)
 

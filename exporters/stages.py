@@ -19,6 +19,9 @@ from runtimes.bundle import Artifact, Bundle, write_manifest
 
 Progress = Callable[[str, int], None]
 
+#: What a student and its float twin have in common.
+TWIN_KEYS = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+
 
 @dataclass(frozen=True)
 class Planned:
@@ -61,20 +64,35 @@ def plan(
 
 
 def _twin(student: Student, floating: Student) -> Student:
-    """The float package, if it is the same student: one tokenizer and vocabulary, and no quantised weight."""
+    """The float package, if it is the same student before quantisation: one architecture and one tokenizer."""
+    if not student.quantized:
+        raise ExportError(
+            "the student is a float one itself", where="--float-package", way_out="Leave that option out."
+        )
     if floating.quantized:
         raise ExportError(
             "is quantised itself",
             where=f"--float-package {floating.folder}",
             way_out="Name the float student that this one was quantised from.",
         )
-    if floating.config["vocab_size"] != student.config["vocab_size"]:
+    for key in TWIN_KEYS:
+        if floating.config.get(key) != student.config.get(key):
+            raise ExportError(
+                f"has {key} {floating.config.get(key)}, the student {student.config.get(key)}",
+                where=f"--float-package {floating.folder}",
+                way_out="Name the float twin of this student.",
+            )
+    if _tokenizer(floating) != _tokenizer(student):
         raise ExportError(
-            f"has {floating.config['vocab_size']} tokens, the student {student.config['vocab_size']}",
+            "has another tokenizer than the student",
             where=f"--float-package {floating.folder}",
             way_out="Name the float twin of this student.",
         )
     return floating
+
+
+def _tokenizer(student: Student) -> bytes | None:
+    return None if student.tokenizer is None else student.tokenizer.read_bytes()
 
 
 def _capacity(student: Student, profile: Profile, context: int | None) -> int:
@@ -83,8 +101,14 @@ def _capacity(student: Student, profile: Profile, context: int | None) -> int:
         raise ExportError(
             f"{context} tokens are more than the student's {longest}", where="--context", way_out="Ask for fewer."
         )
+    if context is not None and context > profile.max_context:
+        raise ExportError(
+            f"{context} tokens are more than the {profile.max_context} of profile {profile.name}",
+            where="--context",
+            way_out="Ask for fewer.",
+        )
     capacity = min(longest, context or profile.max_context)
-    smallest = golden.STEPS + golden.LONGEST_PROMPT
+    smallest = golden.STEPS + golden.SHORTEST_PROMPT
     if capacity < smallest:
         raise ExportError(
             f"{capacity} positions are too few for the {golden.STEPS} steps of the parity gate",
@@ -122,7 +146,7 @@ def read_back(planned: Planned, artifacts: Iterable[Artifact], folder: Path, pro
         program = planned.programs[artifact.component]
         if program.inherited:
             progress(f"read back {artifact.component} {artifact.label}", 0)
-            stored = onnx_weights.read_matrices(folder / artifact.model)
+            stored = onnx_weights.read_matrices(folder / artifact.model, program.inherited)
             total += inheritance.compare(artifact.label, program, stored, planned.student.quantized)
     return total
 

@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,12 @@ from runtimes.loadgen import SCENARIOS, TOKENS, LoadGenResult, run_loadgen
 from runtimes.measure import USUAL, Effort, Figure, Measurement
 from runtimes.output import check_writable
 from runtimes.parity import ALL, Selection
-from runtimes.report import REPORT_JSON, Latency, Report, print_report, read_report, write_report
+from runtimes.report import REPORT_JSON, Latency, Report, Result, Status, print_report, read_report, write_report
 from runtimes.session import choose_artifact, open_session
+
+BUDGET = "budget"
+# Figure of the preferred language model -> key of the profile, and the factor to the key's unit.
+BUDGETS = (("ttft_p50", "ttft_ms", 1.0), ("tpot_p50", "tpot_ms", 1.0), ("peak_rss", "rss_bytes", float(1 << 20)))
 
 # A measurement that has not ended by then hangs: the slowest board takes minutes for its soak.
 CHILD_SECONDS = 3600
@@ -46,12 +50,16 @@ def bench(bundle: Bundle, selection: Selection, effort: Effort) -> tuple[list[La
     if not chosen:
         held = ", ".join(f"{a.component} {a.label}" for a in bundle.artifacts) or "no artifact"
         raise BenchError("no artifact matches", str(bundle.folder), f"This bundle holds: {held}")
+    away = selection.placed(bundle).stand_in
     threads = effort.threads or usable_cores()
     conditions: dict[str, Any] = {}
     rows: list[Latency] = []
     roof = measure_roof(threads)
     for artifact in chosen:
         measurement = measure_apart(bundle, artifact, effort)
+        if away:
+            reasons = filter(None, (f"run on {away}", measurement.invalid))
+            measurement = replace(measurement, invalid="; ".join(reasons))
         conditions[f"{artifact.component} {artifact.label}"] = {
             **measurement.notes,
             "precision": dict(artifact.precision),
@@ -84,12 +92,40 @@ def measure_apart(bundle: Bundle, artifact: Artifact, effort: Effort) -> Measure
     return Measurement(tuple(Figure(**figure) for figure in raw["figures"]), raw["invalid"], raw["notes"])
 
 
+def check_budgets(bundle: Bundle, rows: Sequence[Latency]) -> list[Result]:
+    """The profile's budgets against what was measured; a figure that is not valid leaves its row pending."""
+    held = float(sum(info.size for info in bundle.files.values()))
+    results = [_budget(bundle, "bundle", "bundle_bytes", held, "sum of the files", None)]
+    for artifact in bundle.artifacts:
+        if artifact.component != "lm" or not artifact.preferred:
+            continue
+        key = (artifact.component, artifact.backend, artifact.form, artifact.mode)
+        mine = {row.metric: row for row in rows if row.key[:4] == key}
+        for metric, limit, factor in BUDGETS:
+            row = mine.get(metric)
+            value = row.value * factor if row is not None and row.status == "valid" else None
+            where = row.where if row is not None else "not measured"
+            results.append(_budget(bundle, metric, limit, value, where, artifact))
+    return results
+
+
+def _budget(
+    bundle: Bundle, metric: str, key: str, value: float | None, where: str, artifact: Artifact | None
+) -> Result:
+    limit = float(bundle.profile[key])
+    status: Status = "pending-device" if value is None else "passed" if value <= limit else "failed"
+    names = (artifact.backend, artifact.form, artifact.mode) if artifact else ("-", "-", "-")
+    component = artifact.component if artifact else "bundle"
+    return Result(component, *names, BUDGET, metric, value, limit, f"profile {key}", status, where)
+
+
 def roof_share(measurement: Measurement, roof: Roof) -> list[Figure]:
-    """Bytes per token x tokens per second / measured bandwidth."""
+    """Bytes per token (weights, and the cache as full as it was on average) x tokens per second / bandwidth."""
     found = {figure.metric: figure.value for figure in measurement.figures}
     if "bytes_per_token" not in found:
         return []
-    share = found["bytes_per_token"] * found["tokens_per_second"] / roof.bytes_per_second
+    moved = found["bytes_per_token"] + found.get("cache_bytes", 0.0)
+    share = moved * found["tokens_per_second"] / roof.bytes_per_second
     return [Figure("roof_share", share, "of the roof", f"{roof.bytes_per_second / 1e9:.1f} GB/s by {roof.method}")]
 
 
@@ -137,6 +173,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = bundle_parser("bench", "Measures a bundle on this machine.", __doc__ or "")
     parser.add_argument("--component", metavar="NAME", help="one component, such as lm or image_decoder (default: all)")
     parser.add_argument("--form", metavar="NAME", help="one form, such as fused or standard (default: all)")
+    parser.add_argument("--on-device", action="store_true", help="this is the profile's device, though unrecognised")
     parser.add_argument("--steps", type=positive, default=64, metavar="N", help="decode steps per pass (default: 64)")
     parser.add_argument("--repeats", type=positive, default=5, metavar="N", help="counted passes (default: 5)")
     parser.add_argument(
@@ -158,10 +195,12 @@ def bench_and_report(bundle: Bundle, selection: Selection = ALL, effort: Effort 
 
 def run(options: argparse.Namespace) -> int:
     """Measures, prints and reports."""
-    bundle = open_bundle(options.bundle)
+    bundle = open_bundle(options.bundle, options.trust)
     if not options.no_report:
         check_writable(bundle.folder / REPORT_JSON)
-    selection = Selection(options.component, options.backend, options.form, options.mode, options.threads)
+    selection = Selection(
+        options.component, options.backend, options.form, options.mode, options.threads, on_device=options.on_device
+    )
     effort = Effort(options.threads, options.steps, options.repeats, options.soak)
     report = Report() if options.no_report else read_report(bundle.folder)
     rows, measured_on = bench(bundle, selection, effort)

@@ -150,7 +150,15 @@ def _time_lm(
         Figure("shim_share", float(shim / np.median(step)), "of a step", where),
     ]
     if session.artifact.bytes_per_token:
-        figures.append(Figure("bytes_per_token", float(session.artifact.bytes_per_token), "bytes", "from the manifest"))
+        figures.append(
+            Figure("bytes_per_token", float(session.artifact.bytes_per_token), "bytes", "weights read by a step")
+        )
+        filled = prompt.shape[1] + count / 2
+        sizes = [np.dtype(state.dtype).itemsize * np.prod(state.shape) for state in session.artifact.states]
+        cache = float(sum(sizes)) * filled / session.capacity
+        figures.append(
+            Figure("cache_bytes", cache, "bytes", f"KV cache at {filled:.0f} of {session.capacity} positions")
+        )
     # One value per pass: within a pass a step grows with the tokens that are held.
     return figures, np.median(step, axis=1)
 

@@ -7,6 +7,7 @@ writes the KV cache in place. For a decode step every other tensor is bound once
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ _PROVIDERS = ["CPUExecutionProvider"]
 _FLASH_SWITCH = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 # Longest KV cache, in positions, whose whole score matrices may be held: 4 MB for each head.
 _WHOLE_SCORES = 1024
+# The environment belongs to the whole process: one session is opened under it at a time.
+_ENVIRONMENT = threading.Lock()
 _OUT_OF_MEMORY = ("bad_alloc", "bad allocation", "Failed to allocate memory")
 
 
@@ -134,11 +137,12 @@ def _attention_kernel(artifact: Artifact) -> Iterator[None]:
     if not small or _FLASH_SWITCH in os.environ:
         yield
         return
-    os.environ[_FLASH_SWITCH] = "1"
-    try:
-        yield
-    finally:
-        os.environ.pop(_FLASH_SWITCH, None)
+    with _ENVIRONMENT:
+        os.environ[_FLASH_SWITCH] = "1"
+        try:
+            yield
+        finally:
+            os.environ.pop(_FLASH_SWITCH, None)
 
 
 @contextmanager

@@ -22,6 +22,9 @@ def check_writable(path: Path) -> None:
     """Raises OutputError unless a file can be made at `path`. Leaves an existing file as it is."""
     if path.is_dir():
         raise OutputError("is a folder", str(path), "Give the name of a file")
+    if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
+        # The replacement is a rename: it would take away the link or the device itself.
+        raise OutputError("is a link, a device or another special file", str(path), "Give the name of a plain file")
     if not path.parent.is_dir():
         raise OutputError("its folder does not exist", str(path), f"Create {path.parent} first")
     try:

@@ -21,6 +21,7 @@ from runtimes.errors import Fault
 from runtimes.gates import INHERITANCE, LOSS, Limit, export_gate, export_limits, is_quantised, judge, loss_limits
 from runtimes.golden import GoldenError, load_lm
 from runtimes.host import environment
+from runtimes.identity import stand_in
 from runtimes.output import check_writable
 from runtimes.report import REPORT_JSON, Report, Result, print_report, read_report, write_report
 from runtimes.session import BackendUnavailable, open_session
@@ -29,7 +30,8 @@ from runtimes.session import BackendUnavailable, open_session
 @dataclass(frozen=True)
 class Selection:
     """Which artifacts to check, None meaning all. `stand_in` names this machine when it is not the profile's device:
-    what passes on it counts as `proxy`."""
+    what passes on it counts as `proxy`. It is found out (runtimes/identity.py) unless given, or ruled out by
+    `on_device`."""
 
     component: str | None = None
     backend: str | None = None
@@ -37,10 +39,17 @@ class Selection:
     mode: str | None = None
     threads: int | None = None
     stand_in: str | None = None
+    on_device: bool = False
 
     def holds(self, artifact: Artifact) -> bool:
         names = ("component", "backend", "form", "mode")
         return all(getattr(self, name) in (None, getattr(artifact, name)) for name in names)
+
+    def placed(self, bundle: Bundle) -> Selection:
+        """The selection with `stand_in` settled for this machine."""
+        if self.on_device or self.stand_in is not None:
+            return self
+        return replace(self, stand_in=stand_in(bundle.profile))
 
 
 ALL = Selection()
@@ -52,7 +61,8 @@ def check(bundle: Bundle, selection: Selection = ALL) -> list[Result]:
     if not chosen:
         held = ", ".join(f"{a.component} {a.label}" for a in bundle.artifacts) or "no artifact"
         raise Fault("no artifact matches", str(bundle.folder), f"This bundle holds: {held}")
-    rows = [row for artifact in chosen for row in check_artifact(bundle, artifact, selection)]
+    placed = selection.placed(bundle)
+    rows = [row for artifact in chosen for row in check_artifact(bundle, artifact, placed)]
     for artifact in chosen:
         if artifact.component == "lm" and artifact.preferred:
             rows += [*check_inheritance(bundle, artifact), *check_loss(bundle, artifact)]
@@ -123,9 +133,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = bundle_parser("parity", "Checks a bundle's artifacts against its golden outputs.", __doc__ or "")
     parser.add_argument("--component", metavar="NAME", help="one component, such as lm or image_decoder (default: all)")
     parser.add_argument("--form", metavar="NAME", help="one form, such as fused or standard (default: all)")
-    parser.add_argument(
-        "--stand-in", metavar="MACHINE", help="this machine is not the profile's device: report proxies"
-    )
+    parser.add_argument("--stand-in", metavar="MACHINE", help="report proxies, naming this machine so")
+    parser.add_argument("--on-device", action="store_true", help="this is the profile's device, though unrecognised")
     parser.add_argument("--no-report", action="store_true", help="leave the bundle's report.json as it is")
     return parser.parse_args(arguments)
 
@@ -140,11 +149,17 @@ def check_and_report(bundle: Bundle, selection: Selection = ALL) -> list[Result]
 
 def run(options: argparse.Namespace) -> int:
     """Checks, prints and reports. Exit status 1 when a gate fails."""
-    bundle = open_bundle(options.bundle)
+    bundle = open_bundle(options.bundle, options.trust)
     if not options.no_report:
         check_writable(bundle.folder / REPORT_JSON)
     selection = Selection(
-        options.component, options.backend, options.form, options.mode, options.threads, options.stand_in
+        options.component,
+        options.backend,
+        options.form,
+        options.mode,
+        options.threads,
+        options.stand_in,
+        options.on_device,
     )
     results = check(bundle, selection) if options.no_report else check_and_report(bundle, selection)
     print_report(Report(results=tuple(results)))

@@ -33,6 +33,14 @@ JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_pro
 #: RoPE types whose angles depend on the position alone, so that a table holds them.
 TABLE_ROPE = ("default", "linear", "llama3", "yarn")
 
+#: What transformers hands to every attention and what a causal one with a cache does not need.
+_IGNORED = ("dropout", "position_ids", "cache_position", "use_cache", "output_attentions", "is_causal")
+
+#: The way out of every refusal of a module.
+SUPPORTED = (
+    "Supported: decoders of Linear, RMSNorm, table RoPE and causal attention, as in Llama, Qwen2, Qwen3, Mistral."
+)
+
 _ATTENTION = "edge"
 _PROBE_TOLERANCE = 2e-6
 
@@ -72,6 +80,12 @@ def _edge_attention(
     **kwargs,
 ):
     """transformers' attention interface on top of ``edge::kv_attention``; query and key come with RoPE applied."""
+    if unknown := sorted(name for name, value in kwargs.items() if name not in _IGNORED and value is not None):
+        raise UnsupportedModule(
+            f"attention takes {', '.join(unknown)}, which no fused form has",
+            where=type(module).__name__,
+            way_out=SUPPORTED,
+        )
     heads, kv_heads = query.shape[1], key.shape[1]
     rows = [t.transpose(1, 2).flatten(2) for t in (query, key, value)]
     at = 2 * module.layer_idx
@@ -103,18 +117,21 @@ class LanguageModel(nn.Module):
         super().__init__()
         # The same attribute names as in transformers' class, so that the graph's names are the checkpoint's.
         self.model, self.lm_head = model.model, model.lm_head
+        # The whole class is called: some families scale or cap the logits behind the head.
+        self._causal = modules.Shared(model)
 
     def forward(self, ids: Tensor, last: Tensor, *past: Tensor):
         cache = StateCache(list(past), last)
         positions = last - (ids.shape[1] - 1) + torch.arange(ids.shape[1], dtype=torch.int32, device=ids.device)
-        hidden = self.model(
+        logits = self._causal()(
             input_ids=ids,
             position_ids=positions[None],
             past_key_values=cache,
             use_cache=True,
             edge_cache=cache,
-        ).last_hidden_state
-        return self.lm_head(hidden[:, -1]), *cache.present
+            logits_to_keep=1,
+        ).logits
+        return logits[:, -1], *cache.present
 
 
 # --- building -----------------------------------------------------------------------------------------------------
@@ -284,7 +301,7 @@ class _Swap:
             raise UnsupportedModule(
                 f"{type(norm).__name__} has no epsilon or weight that is understood",
                 where=path,
-                way_out="Add a row for this family's norm in exporters/families.",
+                way_out=SUPPORTED,
             )
         size = norm.weight.shape[0]
         generator = torch.Generator().manual_seed(0)
@@ -329,7 +346,7 @@ class _Swap:
                 raise UnsupportedModule(
                     "the checkpoint has no value for this tensor",
                     where=name,
-                    way_out="The module holding it is not one that the capture understands.",
+                    way_out=SUPPORTED,
                 )
             self.constants[name] = self._float(name)
 
@@ -345,7 +362,7 @@ def _same(path: str, module: nn.Module, expected: Tensor, got: Tensor) -> None:
         raise UnsupportedModule(
             f"{type(module).__name__} computes something else than its fused form (difference {error:.2g})",
             where=path,
-            way_out="Add this family's variant in exporters/families.",
+            way_out=SUPPORTED,
         )
 
 

@@ -20,19 +20,21 @@ class Reference:
     Attributes:
         decode: (model, codes) -> signal, as the library does it.
         encode: (model, signal) -> codes int32, as the library does it.
-        signal: (samples or None, modality, scale) -> an input of the encoder; scale 1 is the size of the export.
+        signal: (samples or None, modality, scale) -> an input of the encoder; scale 1 is one signal.
+        scales: sizes of the golden cases; the first is what a runtime decodes, the last was not seen at export.
     """
 
     decode: Callable[[nn.Module, Tensor], Tensor]
     encode: Callable[[nn.Module, Tensor], Tensor]
     signal: Callable[[Tensor | None, Modality, float], Tensor]
+    scales: tuple[float, ...]
 
 
 def _images(samples: Tensor | None, modality: Modality, scale: float) -> Tensor:
-    """float [round(4*scale), C, H, W], normalised; samples are uint8 [n, h, w] or [n, h, w, C]."""
+    """float [scale, C, H, W], normalised; samples are uint8 [n, h, w] or [n, h, w, C]."""
     constants = modality.preprocessing
     height, width = constants["size"]
-    channels, count = constants["channels"], max(2, round(4 * scale))
+    channels, count = constants["channels"], round(scale)
     if samples is None:
         coarse = torch.rand(count, channels, 4, 4, generator=torch.Generator().manual_seed(0))
     else:
@@ -59,6 +61,6 @@ def _audio(samples: Tensor | None, modality: Modality, scale: float) -> Tensor:
 
 #: class of the discretizer -> its reference
 REFERENCES: Mapping[str, Reference] = {
-    "VQModel": Reference(image_vq.reference_decode, image_vq.reference_encode, _images),
-    "DacModel": Reference(audio_codec.reference_decode, audio_codec.reference_encode, _audio),
+    "VQModel": Reference(image_vq.reference_decode, image_vq.reference_encode, _images, (1, 4, 6)),
+    "DacModel": Reference(audio_codec.reference_decode, audio_codec.reference_encode, _audio, (1.0, 0.5, 1.5)),
 }

@@ -103,11 +103,10 @@ def _lower_standard(query, key, value, past_key, past_value, last, cos, sin, hea
             )
         )
     mask = visible(positions, capacity, window)
-    attributes = dict(q_num_heads=heads, kv_num_heads=kv_heads, scale=scale)
+    attributes = dict(scale=scale)
     if softcap > 0:
         attributes["softcap"] = softcap
     rows = query.reshape(batch, steps, heads, width).transpose(1, 2)
-    attributes = {k: v for k, v in attributes.items() if not k.endswith("_num_heads")}
     out = onnx_ops.symbolic(
         "::Attention",
         [rows, *caches, mask],
