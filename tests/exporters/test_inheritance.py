@@ -106,6 +106,16 @@ def test_a_weight_that_no_node_multiplies_with_did_not_arrive(exported_lm: Expor
     assert len(found.mismatches) == 9 and all(PREFIX in name for name in found.mismatches)
 
 
+def test_reading_back_leaves_no_file_open(exported_lm: ExportLm) -> None:
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("this system does not list what a process has mapped")
+    exported = exported_lm("int4")
+    for artifact in exported.artifacts.values():
+        stored = read_matrices(exported.folder / artifact.model)
+        assert stored and str(exported.folder) not in maps.read_text()
+
+
 def test_results_of_several_artifacts_add_up() -> None:
     total = Inheritance(2, 3, ("a",)) + Inheritance(4, 4)
     assert total.as_dict() == {"identical": 6, "total": 7, "mismatches": ["a"]}
