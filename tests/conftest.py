@@ -42,6 +42,7 @@ def tiny_bundle(tiny_student: Path, make_tiny_student: MakeStudent, tmp_path_fac
     from exporters.build import Request, build
 
     output = tmp_path_factory.mktemp("bundle") / "tiny"
-    request = Request(load_profile("host"), tiny_student, make_tiny_student(variant="float"), output, bench=False,
-                      allow_failed=True)
+    request = Request(
+        load_profile("host"), tiny_student, make_tiny_student(variant="float"), output, bench=False, allow_failed=True
+    )
     return build(request)[0].folder
