@@ -69,8 +69,8 @@ def model_card(quality: dict) -> str:
 A multimodal decoder small enough to ship with its toolchain: 1.45 M parameters (llama architecture,
 4 layers, hidden size 192, 6 query and 2 key/value heads of 32, tied embeddings), over one vocabulary
 of text, image codes and audio codes. It draws a handwritten digit, says a digit, and reads either
-one. Distilled from a 2.7 M teacher of the same architecture, then tuned on the data. It exists so that an export can be
-checked end to end on something real; it knows ten digits and nothing else.
+one. Distilled from a 2.7 M teacher of the same architecture, then tuned on the data.
+It exists so that an export can be checked end to end on something real; it knows ten digits and nothing else.
 
 Variants: `float` (float16), `int8` (weight-only, per channel, symmetric; compressed-tensors
 `int-quantized`), `int4` (GPTQ, groups of 32, asymmetric, `pack-quantized`; embedding and head 8 bit).

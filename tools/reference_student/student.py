@@ -82,7 +82,7 @@ def distil(
 def load(work: Path) -> LlamaForCausalLM:
     """The distilled student rounded to float16 (what the float package holds), computing in float32."""
     model = lm.student(vocabulary.load(work / "tokenizer"))
-    state = torch.load(work / CHECKPOINTS["distil"], weights_only=True)["model"]
+    state = torch.load(work / CHECKPOINTS["tune"], weights_only=True)["model"]
     model.load_state_dict({name: value.half().float() for name, value in state.items()})
     return model.eval()
 
