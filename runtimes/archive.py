@@ -4,9 +4,9 @@
     python -m runtimes.archive unpack FILE.tar OUTPUT
 
 The archive is not compressed (quantised weights do not get smaller), so it cannot unpack to more than its own size.
-Only plain files that the manifest names are taken out of it, each hashed on the way; links, devices, sparse files,
-extended headers and paths that leave the folder are refused before anything is written for them. The output appears
-by the crash rule, whole or not at all.
+Only plain files that the manifest names, each hashed on the way, and its signature are taken out of it; links, devices,
+sparse files, extended headers and paths that leave the folder are refused before anything is written for them. The
+output appears by the crash rule, whole or not at all.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from runtimes.files import CHUNK, Progress, open_plain, quiet, scan, storage_err
 from runtimes.manifest import (
     MANIFEST,
     MAX_MANIFEST_BYTES,
+    MAX_SIGNATURE_BYTES,
+    SIGNATURE,
     BundleError,
     FileInfo,
     Manifest,
@@ -154,9 +156,10 @@ def _take_files(
         expected = manifest.files.get(path)
         if path in taken or path == MANIFEST:
             raise BundleError(f"holds {path!r} twice", str(source), AGAIN)
-        if expected is None and path not in manifest.mutable:
+        if expected is None and path not in manifest.mutable and path != SIGNATURE:
             raise BundleError(f"holds {path!r}, which is not in the manifest", str(source), AGAIN)
-        if expected.size != size if expected else size > MAX_MUTABLE_BYTES:
+        largest = MAX_SIGNATURE_BYTES if path == SIGNATURE else MAX_MUTABLE_BYTES
+        if expected.size != size if expected else size > largest:
             raise BundleError(f"member {path!r} has {size} bytes, not what the manifest says", str(source), AGAIN)
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         if _copy(file, folder / path, size, progress) != expected and expected is not None:

@@ -19,7 +19,9 @@ from runtimes.files import Progress, hash_file, open_plain, quiet, scan, storage
 from runtimes.manifest import (
     MANIFEST,
     MAX_MANIFEST_BYTES,
+    MAX_SIGNATURE_BYTES,
     SCHEMA,
+    SIGNATURE,
     Artifact,
     BundleError,
     FileInfo,
@@ -58,6 +60,7 @@ __all__ = [
     "comparable",
     "load_bundle",
     "publish",
+    "read_manifest",
     "staged",
     "write_manifest",
 ]
@@ -97,8 +100,10 @@ class Bundle(Manifest):
         with storage_errors(self.folder):
             found = scan(self.folder)
             for path in found:
-                if path not in self.files and path not in self.mutable and path != MANIFEST:
+                if path not in self.files and path not in self.mutable and path not in (MANIFEST, SIGNATURE):
                     raise BundleError("is not in the manifest", str(self.folder / path), f"Remove it, or: {FETCH}")
+            if found.get(SIGNATURE, 0) > MAX_SIGNATURE_BYTES:
+                raise BundleError(f"is larger than {MAX_SIGNATURE_BYTES} bytes", str(self.folder / SIGNATURE), FETCH)
             for path, expected in self.files.items():
                 if path not in found:
                     raise BundleError("is missing", str(self.folder / path), FETCH)
@@ -109,11 +114,8 @@ class Bundle(Manifest):
                     raise BundleError("does not have the manifest's SHA-256", str(self.folder / path), FETCH)
 
 
-def load_bundle(path: str | os.PathLike[str]) -> Bundle:
-    """Opens a bundle folder and checks its manifest (not the files' contents: `Bundle.verify` does).
-
-    Raises BundleError naming the file or field.
-    """
+def read_manifest(path: str | os.PathLike[str]) -> bytes:
+    """The bytes of a bundle folder's manifest, not looked at yet. Raises BundleError when there is no such folder."""
     folder = Path(path)
     recover(folder)
     manifest = folder / MANIFEST
@@ -126,10 +128,21 @@ def load_bundle(path: str | os.PathLike[str]) -> Bundle:
         data = file.read(MAX_MANIFEST_BYTES + 1)
     if len(data) > MAX_MANIFEST_BYTES:
         raise BundleError(f"is larger than {MAX_MANIFEST_BYTES} bytes", str(manifest), FETCH)
+    return data
+
+
+def load_bundle(path: str | os.PathLike[str], manifest: bytes | None = None) -> Bundle:
+    """Opens a bundle folder and checks its manifest (not the files' contents: `Bundle.verify` does).
+
+    `manifest`: what `read_manifest` gave, where its signature was checked; the file is then not read a second time.
+    Raises BundleError naming the file or field.
+    """
+    folder = Path(path)
+    data = read_manifest(folder) if manifest is None else manifest
     try:
         parsed = parse_manifest(load_json(data, MANIFEST))
     except BundleError as error:
-        raise type(error)(error.what, f"{manifest}: {error.where}", error.way_out) from error
+        raise type(error)(error.what, f"{folder / MANIFEST}: {error.where}", error.way_out) from error
     return Bundle(**vars(parsed), folder=folder)
 
 
@@ -141,7 +154,8 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any], progress: Progress
     """
     mutable = {safe_path(path, "mutable") for path in manifest.get("mutable", ())}
     with storage_errors(folder):
-        (folder / MANIFEST).unlink(missing_ok=True)
+        for stale in (MANIFEST, SIGNATURE):
+            (folder / stale).unlink(missing_ok=True)
         sync_tree(folder, progress)
         files = {path: hash_file(folder / path, progress) for path in scan(folder) if path not in mutable}
         complete = {**manifest, "schema": SCHEMA, "files": {path: vars(info) for path, info in files.items()}}

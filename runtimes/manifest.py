@@ -21,6 +21,9 @@ SCHEMA = 1
 AGAIN = "Make the bundle again with exporters.build."
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 32 << 20
+# Beside the manifest where a bundle is signed (runtimes/signing.py): it signs the manifest, so it is not in `files`.
+SIGNATURE = "manifest.sig"
+MAX_SIGNATURE_BYTES = 4096
 COMPONENTS = ("lm", "image_decoder", "image_encoder", "audio_decoder", "audio_encoder")
 MODES = ("exact", "fast", "fp16")
 # Left out when two manifests are compared: everything else of two builds from one input is equal.
