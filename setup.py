@@ -47,7 +47,8 @@ EXTRAS = {
     "coreml": ["coremltools"],
     "tensorrt": ["tensorrt_rtx"],
     "loadgen": ["mlcommons_loadgen"],
-    "dev": ["hypothesis", "mypy", "pytest", "ruff", "scipy"],
+    "sign": ["cryptography"],
+    "dev": ["cryptography", "hypothesis", "mypy", "pytest", "ruff", "scipy"],
 }
 
 setup(

@@ -18,7 +18,7 @@ LAYERS = ("device_profiles", "runtimes", "exporters", "tools", "tests")
 HEAVY = {
     *("torch", "torchaudio", "torchvision", "transformers", "diffusers", "compressed_tensors", "pydantic"),
     *("onnx", "onnx_ir", "onnxscript", "onnxruntime", "openvino", "nncf", "tvm", "tvm_ffi", "coremltools"),
-    *("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings", "mlperf_loadgen"),
+    *("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings", "mlperf_loadgen", "cryptography"),
 }
 # What the base install has beside the standard library.
 BASE = {"numpy", "PIL", "rich", "safetensors", "tokenizers"}
