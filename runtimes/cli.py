@@ -10,6 +10,7 @@ from pathlib import Path
 
 from runtimes.bundle import Bundle, load_bundle
 from runtimes.errors import Fault
+from runtimes.signing import TRUST_VARIABLE, open_signed, trust_place
 
 
 def bundle_parser(name: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
@@ -26,6 +27,8 @@ def bundle_parser(name: str, description: str, epilog: str = "") -> argparse.Arg
     )
     parser.add_argument("--mode", choices=("exact", "fast"), help="numeric mode (default: the preferred one)")
     parser.add_argument("--threads", type=positive, metavar="N", help="threads (default: the backend's choice)")
+    trust = f"take bundles signed by this key alone, or by one of the *.pub in a folder (default: ${TRUST_VARIABLE})"
+    parser.add_argument("--trust", type=Path, metavar="KEY.pub", help=trust)
     return parser
 
 
@@ -37,9 +40,13 @@ def positive(text: str) -> int:
     return value
 
 
-def open_bundle(path: Path) -> Bundle:
-    """Loads a bundle and checks every file against its hash, before any of them is read by a native library."""
-    bundle = load_bundle(path)
+def open_bundle(path: Path, trust: Path | None = None) -> Bundle:
+    """Loads a bundle and checks every file against its hash, before any of them is read by a native library.
+
+    Where `trust` or the environment names public keys, a signature by one of them is asked for before all else.
+    """
+    place = trust_place(trust)
+    bundle = load_bundle(path) if place is None else open_signed(path, place)[0]
     bundle.verify()
     return bundle
 

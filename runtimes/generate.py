@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
     check_output(options.to, options.output)
     inputs = {name: path for name in SIGNALS if (path := getattr(options, name)) is not None}
-    bundle = open_bundle(options.bundle)
+    bundle = open_bundle(options.bundle, options.trust)
     with Generator(bundle, backend=options.backend, mode=options.mode, threads=options.threads) as generator:
         generation = generator.generate(
             options.prompt, to=options.to, inputs=inputs, sampling=sampling, max_tokens=options.max_tokens
