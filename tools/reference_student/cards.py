@@ -69,7 +69,8 @@ def model_card(quality: dict) -> str:
 A multimodal decoder small enough to ship with its toolchain: 1.45 M parameters (llama architecture,
 4 layers, hidden size 192, 6 query and 2 key/value heads of 32, tied embeddings), over one vocabulary
 of text, image codes and audio codes. It draws a handwritten digit, says a digit, and reads either
-one. Distilled from a 2.7 M teacher of the same architecture, then tuned on the data.
+one. Distilled from a 2.7 M teacher of the same architecture; then both were tuned on the data, generation on its
+most typical signals.
 It exists so that an export can be checked end to end on something real; it knows ten digits and nothing else.
 
 Variants: `float` (float16), `int8` (weight-only, per channel, symmetric; compressed-tensors
@@ -96,6 +97,10 @@ digit; greedy: 20 prompts for each digit.
 | audio log-mel distance | {signal["audio_log_mel_distance"]} |
 | image judge on real / reconstructed | {signal["judge_image_real"]} / {signal["judge_image_reconstructed"]} % |
 | speech judge on real / reconstructed | {signal["judge_audio_real"]} / {signal["judge_audio_reconstructed"]} % |
+
+The judges are not wholly independent of the generation figures: the last stage learnt to generate from those training
+signals that the same judges, trained on the same recordings and pictures, were most sure of (half of the pictures,
+70 % of the recordings; `tools/reference_student/typical.py`). The reading figures owe the judges nothing.
 
 The audio codec spends 1 kbit/s and was trained on spectra, not on waveforms, so it keeps what is
 said and not the phase: SI-SNR, which compares waveforms, is low by construction.

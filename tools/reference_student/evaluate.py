@@ -25,7 +25,7 @@ PER_DIGIT = 20
 def load_model(work: Path, name: str, words: vocabulary.Vocabulary) -> LlamaForCausalLM:
     """The teacher, or the student with the weights that package `name` stands for; float32, eval mode."""
     if name == "teacher":
-        return teacher.load(work)
+        return teacher.load(work, "tune")
     model = lm.student(words)
     model.load_state_dict(dequantized(torch.load(work / f"quantized_{name}.pt", weights_only=True), name))
     return model.eval()

@@ -53,7 +53,7 @@ class Judge(nn.Module):
         return self.head(self.dropout(pooled))
 
 
-def _sound_planes(sounds: torch.Tensor) -> torch.Tensor:
+def sound_planes(sounds: torch.Tensor) -> torch.Tensor:
     """float [n,L] -> normalised log-mel planes [n,1,40,frames]."""
     return (log_mel(sounds)[:, None] + 4.0) / 2.5
 
@@ -72,7 +72,7 @@ def train(work: Path, kind: str, steps: int) -> Judge:
         if kind == "image":
             planes = augment.images(samples[rows])
         else:
-            planes = _sound_planes(augment.sounds(samples[rows])[:, 0])
+            planes = sound_planes(augment.sounds(samples[rows])[:, 0])
             # SpecAugment (Park et al. 2019): hide one band of mel bins, so that no single band decides.
             first, width = int(torch.randint(0, 34, ())), int(torch.randint(0, 7, ()))
             planes[:, :, first : first + width] = 0.0
@@ -114,7 +114,7 @@ def spoken_digits(sounds: np.ndarray, folder: Path = SHIPPED) -> np.ndarray:
     """float32 [n,5120] at 8 kHz -> digits int64 [n]; each sound is scaled to a peak of 0.9."""
     peak = np.abs(sounds).max(axis=1, keepdims=True)
     scaled = sounds * (PEAK / np.maximum(peak, 1e-6))
-    return load("audio", folder)(_sound_planes(torch.from_numpy(scaled))).argmax(1).numpy()
+    return load("audio", folder)(sound_planes(torch.from_numpy(scaled))).argmax(1).numpy()
 
 
 def image_digit(array: np.ndarray) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
-from tools.reference_student import lm, teacher, vocabulary
+from tools.reference_student import lm, teacher, typical, vocabulary
 from tools.reference_student.training import arguments, fit
 
 CHECKPOINTS = {
@@ -21,7 +21,7 @@ CHECKPOINTS = {
     "tune": "student.pt",
 }
 PREDECESSORS = {"all": "images", "tune": "distil"}
-SIZES = {"images": lm.IMAGES_FIRST, "all": lm.ALL_TASKS, "tune": lm.GENERATION}
+SIZES = {"images": lm.IMAGES_FIRST, "all": lm.ALL_TASKS, "tune": typical.SIZES}
 
 
 def distance(student: torch.Tensor, target: torch.Tensor, form: str, temperature: float) -> torch.Tensor:
@@ -46,7 +46,8 @@ def supervise(work: Path, stage: str, steps: int, peak: float, compiled: bool) -
     if stage in PREDECESSORS:
         start = torch.load(work / CHECKPOINTS[PREDECESSORS[stage]], weights_only=True)
         model.load_state_dict(start["model"])
-    reader, rows, sizes = lm.Reader(model, compiled), lm.Rows(work, words), SIZES[stage]
+    rows = (typical.TypicalRows if stage == "tune" else lm.Rows)(work, words)
+    reader, sizes = lm.Reader(model, compiled), SIZES[stage]
     return fit(
         model,
         lambda _step: lm.supervised(reader, rows, sizes),

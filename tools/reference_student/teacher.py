@@ -8,20 +8,22 @@ from pathlib import Path
 import torch
 from transformers import LlamaForCausalLM
 
-from tools.reference_student import lm, vocabulary
+from tools.reference_student import lm, typical, vocabulary
 from tools.reference_student.training import arguments, fit
 
-CHECKPOINTS = {"images": "teacher_images.pt", "all": "teacher.pt"}
+CHECKPOINTS = {"images": "teacher_images.pt", "all": "teacher.pt", "tune": "teacher_tuned.pt"}
+PREDECESSORS = {"all": "images", "tune": "all"}
+SIZES = {"images": lm.IMAGES_FIRST, "all": lm.ALL_TASKS, "tune": typical.SIZES}
 
 
 def train(work: Path, stage: str, steps: int, peak: float, compiled: bool) -> LlamaForCausalLM:
     """Train one stage ("images" or "all") and leave its checkpoint; "all" starts from "images"."""
     words = vocabulary.load(work / "tokenizer")
     model = lm.teacher(words)
-    if stage == "all":
-        model.load_state_dict(torch.load(work / CHECKPOINTS["images"], weights_only=True)["model"])
-    reader, rows = lm.Reader(model, compiled), lm.Rows(work, words)
-    sizes = lm.IMAGES_FIRST if stage == "images" else lm.ALL_TASKS
+    if stage in PREDECESSORS:
+        model.load_state_dict(torch.load(work / CHECKPOINTS[PREDECESSORS[stage]], weights_only=True)["model"])
+    rows = (typical.TypicalRows if stage == "tune" else lm.Rows)(work, words)
+    reader, sizes = lm.Reader(model, compiled), SIZES[stage]
     return fit(
         model,
         lambda _step: lm.supervised(reader, rows, sizes),
@@ -33,10 +35,10 @@ def train(work: Path, stage: str, steps: int, peak: float, compiled: bool) -> Ll
     )
 
 
-def load(work: Path) -> LlamaForCausalLM:
-    """The trained teacher, float32, in eval mode."""
+def load(work: Path, stage: str = "all") -> LlamaForCausalLM:
+    """The teacher after a stage ("all" is what the student is distilled from), float32, in eval mode."""
     model = lm.teacher(vocabulary.load(work / "tokenizer"))
-    model.load_state_dict(torch.load(work / CHECKPOINTS["all"], weights_only=True)["model"])
+    model.load_state_dict(torch.load(work / CHECKPOINTS[stage], weights_only=True)["model"])
     return model.eval()
 
 
