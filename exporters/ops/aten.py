@@ -12,17 +12,19 @@ ATEN = torch.ops.aten
 
 
 def _onnx_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """One Gemm that reads the weight as it is stored, or one MatMul; never a reshape around it."""
+    """One Gemm that reads the weight as it is stored where the rows' number is fixed, else one MatMul."""
     rows = weight.shape[0]
-    if x.dim() == 2:
-        return onnx_ops.symbolic(
+    if all(isinstance(size, int) for size in x.shape[:-1]):
+        flat = x.reshape(-1, x.shape[-1])
+        y = onnx_ops.symbolic(
             "::Gemm",
-            [x, weight, bias] if bias is not None else [x, weight],
+            [flat, weight, bias] if bias is not None else [flat, weight],
             dict(transB=1),
             dtype=x.dtype,
-            shape=(x.shape[0], rows),
+            shape=(flat.shape[0], rows),
             version=13,
         )
+        return y.reshape(*x.shape[:-1], rows)
     y = onnx_ops.symbolic("::MatMul", [x, weight.t()], {}, dtype=x.dtype, shape=(*x.shape[:-1], rows), version=13)
     return y if bias is None else y + bias
 
