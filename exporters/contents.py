@@ -37,7 +37,7 @@ NOISE_FACTOR, TIE_FACTOR = 100, 10
 
 USAGE = """# {name} {version} for {profile}
 
-This folder runs with the runtime alone (`pip install edge-export[onnx]`; PyTorch is not needed):
+This folder runs with the runtime of edge-export alone (its extra `onnx`; PyTorch is not needed):
 
     python -m runtimes.generate . --prompt "..." --to {outputs}
     python -m runtimes.parity .      # checks every artifact against the golden outputs in golden/
