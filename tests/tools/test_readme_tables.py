@@ -1,0 +1,28 @@
+"""README.md holds the tables that its tool writes."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tools.readme_tables import README, fill, recorded_tables, support_table
+
+
+def test_the_readme_shows_the_figures_that_are_kept() -> None:
+    text = README.read_text()
+    assert set(recorded_tables()) == {"speed", "quality"}
+    assert fill(text, recorded_tables()) == text
+
+
+def test_a_missing_mark_is_named() -> None:
+    with pytest.raises(ValueError, match="speed"):
+        fill("no marks here", {"speed": "| a |"})
+
+
+def test_support_says_what_ran_and_what_is_not_built(tiny_bundle: Path, tmp_path: Path) -> None:
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    rows = {line.split("|")[1].strip(): line for line in support_table([bundle]).splitlines()}
+    assert "not built yet" in rows["`host`"] and "not run" in rows["`raspberry-pi-5`"]
+    assert not {"not run", "pending-device"} & {cell.strip() for cell in rows["`host`"].split("|")}
