@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 
 #: Weights begin on this boundary, so that a runtime can map them and vector loads are aligned.
@@ -62,8 +61,3 @@ class WeightFile:
             self._file.write(data)
             self._progress(len(data))
         return self._offsets[key]
-
-
-def array(tensor: ir.TensorProtocol) -> np.ndarray:
-    """The values of a tensor read back from a file; 4-bit types come as one code per byte."""
-    return np.asarray(tensor.numpy())

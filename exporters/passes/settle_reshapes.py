@@ -11,6 +11,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from exporters.passes.context import Context
+from exporters.passes.initializers import add_initializer
 
 
 def settle_reshapes(model: ir.Model, context: Context) -> None:
@@ -33,6 +34,5 @@ def _constant(model: ir.Model, target: list[int]) -> ir.Value:
     name = "shape_" + "_".join(str(size).replace("-1", "free") for size in target)
     if name not in model.graph.initializers:
         tensor = ir.Tensor(np.array(target, np.int64), name=name)
-        value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(ir.DataType.INT64), const_value=tensor)
-        model.graph.register_initializer(value)
+        return add_initializer(model, tensor)
     return model.graph.initializers[name]

@@ -20,6 +20,7 @@ import onnx_ir as ir
 
 from exporters.blocks import pack_bits
 from exporters.passes.context import Context
+from exporters.passes.initializers import add_initializer
 
 #: What the names of the parts of a split matrix end in.
 SUFFIX = ".split"
@@ -62,9 +63,7 @@ def _initializer(
     model: ir.Model, name: str, dtype: ir.DataType, shape: tuple[int, ...], load: Callable[[], np.ndarray]
 ) -> ir.Value:
     tensor = ir.LazyTensor(lambda: ir.Tensor(load(), name=name), dtype=dtype, shape=ir.Shape(shape), name=name)
-    value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(dtype), const_value=tensor)
-    model.graph.register_initializer(value)
-    return value
+    return add_initializer(model, tensor)
 
 
 def _codes(codes: ir.TensorProtocol) -> np.ndarray:

@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from exporters.blocks import pack_bits, unpack_bits
 from exporters.passes.context import Context
+from exporters.passes.initializers import add_initializer
 
 TYPES = {4: ir.DataType.UINT4, 8: ir.DataType.UINT8}
 
@@ -51,9 +52,7 @@ def _initializer(model: ir.Model, name: str, load, bits: int, shape: tuple[int, 
     tensor = ir.LazyTensor(
         partial(_packed, load, bits, dtype, shape, name), dtype=dtype, shape=ir.Shape(shape), name=name
     )
-    value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(dtype), const_value=tensor)
-    model.graph.register_initializer(value)
-    return value
+    return add_initializer(model, tensor)
 
 
 def _packed(load, bits: int, dtype: ir.DataType, shape: tuple[int, int], name: str) -> ir.TensorProtocol:
