@@ -16,9 +16,9 @@ COMPONENTS = ("lm", "image_decoder", "image_encoder", "audio_decoder", "audio_en
 # Backend -> the forms it has; the first word of a component's entries. Not every one is built yet.
 FORMS: Mapping[str, tuple[str, ...]] = {
     "onnx": ("fused", "standard"),
-    "openvino": ("ir",),
+    "openvino": ("ir", "int8"),
     "tvm": ("compiled",),
-    "coreml": ("mlprogram",),
+    "coreml": ("mlprogram", "palettised"),
     "tensorrt": ("typed",),
 }
 MODES = ("exact", "fast", "fp16")

@@ -109,7 +109,7 @@ def write_codec(student: Student, modality: str, programs: Mapping[str, Program]
 def _cases(student: Student, modality: str, model: nn.Module, component: str) -> Iterator[Tensor]:
     """Inputs of a codec in three sizes; codes are those of real signals where the package has samples."""
     reference = REFERENCES[type(model).__name__]
-    samples = _samples(student, modality)
+    samples = package_samples(student, modality)
     for scale in reference.scales:
         signal = reference.signal(samples, student.modalities[modality], scale)
         if component.endswith("_encoder"):
@@ -123,7 +123,7 @@ def _cases(student: Student, modality: str, model: nn.Module, component: str) ->
 SAMPLE_FILES = {"image": ("images.safetensors", "images"), "audio": ("audio.safetensors", "recordings")}
 
 
-def _samples(student: Student, modality: str) -> Tensor | None:
+def package_samples(student: Student, modality: str) -> Tensor | None:
     """The package's own real signals of a modality, None where it has none."""
     file, name = SAMPLE_FILES.get(modality, (f"{modality}.safetensors", modality))
     path = student.folder / "samples" / file

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,11 +21,14 @@ import onnx_ir as ir
 import torch
 from torch.export import ExportedProgram
 
-from exporters import ops
+from exporters import onnx_weights, ops
+from exporters.backends import Job
 from exporters.external_data import WeightFile
+from exporters.inheritance import StoredMatrix
 from exporters.passes import model_passes
 from exporters.passes.context import Context, ModelPass
-from exporters.program import Program
+from exporters.program import Program, sources
+from exporters.traffic import bytes_per_token, stored_precision
 from runtimes.bundle import Artifact
 
 if TYPE_CHECKING:
@@ -81,19 +84,14 @@ class OnnxExporter:
                 reasons.append(f"{program.entry}: node {node.name} calls {node.target}, which has no ONNX form")
         return reasons
 
-    def export(
-        self, program: Program, out: Path, forms: Iterable[tuple[str, str]], progress=None
-    ) -> tuple[Artifact, ...]:
-        """Writes ``out``/onnx/<entry>.<form>.<mode>.onnx for each form, and one weight file for all of them.
-
-        Args:
-            progress: called with the bytes of each weight as it is written.
-        """
-        folder = out / "onnx"
+    def export(self, job: Job) -> tuple[Artifact, ...]:
+        """Writes onnx/<entry>.<form>.<mode>.onnx for each kind, and one weight file for all of them."""
+        program, out = job.program, job.out
+        folder = out / self.name
         folder.mkdir(parents=True, exist_ok=True)
         written = []
-        with WeightFile(folder / f"{program.entry}.data", progress) as weights:
-            for form, mode in forms:
+        with WeightFile(folder / f"{program.entry}.data", job.progress) as weights:
+            for form, mode in job.kinds:
                 recipe = FORMS[form, mode]
                 model = lower(program, recipe)
                 weights.adopt(model)
@@ -101,6 +99,10 @@ class OnnxExporter:
                 ir.save(model, path)
                 written.append(_artifact(program, form, mode, model, path, weights.path, out))
         return tuple(written)
+
+    def read_matrices(self, folder: Path, artifact: Artifact, program: Program) -> Mapping[str, StoredMatrix]:
+        """See Exporter."""
+        return onnx_weights.read_matrices(folder / artifact.model, program.inherited)
 
 
 def lower(program: Program, recipe: Form) -> ir.Model:
@@ -131,13 +133,8 @@ def _origins(decomposed: ExportedProgram, final: ExportedProgram) -> dict[str, s
 
     Two tracings lie between them: our decompositions, and those of torch.onnx.
     """
-    first, second = _sources(decomposed), _sources(final)
+    first, second = sources(decomposed), sources(final)
     return {name: first.get(source, source) for name, source in second.items() if source in first}
-
-
-def _sources(exported: ExportedProgram) -> dict[str, str]:
-    """Name of a node -> name of the node that it was traced from."""
-    return {node.name: node.meta["from_node"][-1].name for node in exported.graph.nodes if node.meta.get("from_node")}
 
 
 def _artifact(program: Program, form: str, mode: str, model: ir.Model, path: Path, data: Path, out: Path) -> Artifact:
@@ -160,29 +157,7 @@ def _artifact(program: Program, form: str, mode: str, model: ir.Model, path: Pat
 
 
 def _precision(program: Program, mode: str) -> dict[str, str]:
-    weights = sorted({f"int{matrix.bits} g{matrix.block}" for matrix in program.inherited.values()})
     return {
-        "weights": " + ".join(weights) or "float32",
+        "weights": stored_precision(program),
         "activations": "int8 per block" if mode == "fast" else "float32",
     }
-
-
-def bytes_per_token(program: Program) -> int | None:
-    """Bytes of weights that one decode step reads; the KV cache comes on top, by how full it is.
-
-    A table that is only looked up counts as nothing, a tied one is read whole by the head.
-    """
-    if program.entry != "lm":
-        return None
-    return sum(program.constants[name].nbytes for name in _read_whole(program))
-
-
-def _read_whole(program: Program) -> Iterator[str]:
-    """Names of the constants that some node reads whole, rather than a few rows of."""
-    lookups = {op.overload for op in (ops.quantized_embedding, ops.rope_angles, ops.kv_attention)}
-    lookups.add(torch.ops.aten.embedding.default)
-    signature = program.exported.graph_signature
-    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    for node in program.exported.graph.nodes:
-        if node.name in names and any(user.target not in lookups for user in node.users):
-            yield names[node.name]

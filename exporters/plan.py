@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from device_profiles.schema import FORMS as KNOWN_FORMS
 from device_profiles.schema import Profile
+from exporters.backends import EXPORTERS, load_exporter
 from exporters.errors import ExportError
-from exporters.onnx_ import OnnxExporter, bytes_per_token
 from exporters.program import Program
-
-#: backend -> its exporter; a backend that profiles name and that is missing here is reported as not built yet.
-EXPORTERS: Mapping[str, OnnxExporter] = {exporter.name: exporter for exporter in (OnnxExporter(),)}
+from exporters.traffic import bytes_per_token
 
 #: What a process holds besides weights and cache: the interpreter, numpy and the vendor's runtime.
 RUNTIME_BYTES = 96 << 20
@@ -53,6 +51,7 @@ def plan_entries(profile: Profile, program: Program, backends: Iterable[str] | N
 
     Raises:
         PlanError: none of them can be made.
+        BackendMissing: the package of a backend that the profile names is not installed.
     """
     entries = []
     for label in profile.components.get(program.entry, ()):
@@ -75,9 +74,9 @@ def _left_out(
 ) -> str:
     if backends is not None and backend not in backends:
         return "not among --backends"
-    exporter = EXPORTERS.get(backend)
-    if exporter is None:
+    if backend not in EXPORTERS:
         return "not built in this version"
+    exporter = load_exporter(backend)
     if (form, mode) not in exporter.forms(program):
         return "float weights have no fast mode" if mode == "fast" else "this version has no such form"
     return "; ".join(exporter.unsupported(program, profile, (form, mode)))

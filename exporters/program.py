@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 
 from runtimes.bundle import StateSpec, TensorSpec
@@ -120,3 +121,42 @@ def capture(
         for name, example in zip(caller, examples, strict=False)
     )
     return Program(entry, exported, inputs, outputs, states, constants, dict(inherited or {}))
+
+
+def specialise(program: Program, sizes: Mapping[str, int]) -> Program:
+    """The same program with its symbolic dimensions fixed, for backends that compile fixed shapes.
+
+    The nodes' names may differ from the original's: `sources` leads back to those.
+
+    Args:
+        sizes: value of each symbol in the inputs' shapes, as in {"S": 16}.
+
+    Raises:
+        KeyError: a symbol without a value.
+    """
+
+    def fixed(spec: TensorSpec) -> TensorSpec:
+        return replace(spec, shape=tuple(sizes[size] if isinstance(size, str) else size for size in spec.shape))
+
+    inputs = tuple(map(fixed, program.inputs))
+    # Weights may be fake tensors already; those of a program captured with real ones take part as they are.
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        examples = tuple(
+            torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype)) for spec in (*inputs, *program.states)
+        )
+    with torch.no_grad():
+        exported = torch.export.export(program.exported.module(), examples, strict=False)
+    results = [node.meta["val"] for node in next(iter(reversed(exported.graph.nodes))).args[0]]
+    outputs = tuple(
+        replace(spec, shape=tuple(map(int, value.shape)))
+        for spec, value in zip(program.outputs, results, strict=False)  # the states' follow
+    )
+    return replace(program, exported=exported, inputs=inputs, outputs=outputs)
+
+
+def sources(exported: ExportedProgram) -> dict[str, str]:
+    """Name of a node -> name of the node that it was traced from, in the graph before.
+
+    Of a program from `specialise`: the original's names. Every decomposition is one more tracing.
+    """
+    return {node.name: node.meta["from_node"][-1].name for node in exported.graph.nodes if node.meta.get("from_node")}

@@ -8,11 +8,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from device_profiles.schema import Profile
-from exporters import contents, golden, inheritance, onnx_weights
+from exporters import contents, golden, inheritance
+from exporters.backends import Job, load_exporter
+from exporters.calibration import calibration_feeds
 from exporters.errors import ExportError
 from exporters.families import capture_student
 from exporters.inheritance import Inheritance
-from exporters.plan import EXPORTERS, Entry, Forecast, check_fit, forecast, plan_entries
+from exporters.plan import Entry, Forecast, check_fit, forecast, plan_entries
 from exporters.program import Program
 from exporters.student import Student, load_student
 from runtimes.bundle import Artifact, Bundle, write_manifest
@@ -29,6 +31,7 @@ class Planned:
 
     student: Student
     floating: Student | None
+    profile: Profile
     programs: Mapping[str, Program]
     entries: Mapping[str, tuple[Entry, ...]]
     capacity: int
@@ -60,7 +63,7 @@ def plan(
     logits = golden.SAMPLES * golden.STEPS * student.config["vocab_size"] * 4 * (1 if twin is None else 2)
     prediction = forecast(profile, programs.values(), min(logits, 2 * golden.LARGEST_LOGITS))
     check_fit(profile, prediction)
-    return Planned(student, twin, programs, entries, capacity, prediction)
+    return Planned(student, twin, profile, programs, entries, capacity, prediction)
 
 
 def _twin(student: Student, floating: Student) -> Student:
@@ -126,15 +129,15 @@ def export(planned: Planned, folder: Path, progress: Progress) -> tuple[Artifact
         written = {}
         for backend in dict.fromkeys(entry.backend for entry in made):
             progress(f"export {component} for {backend}", 0)
-            forms = [(entry.form, entry.mode) for entry in made if entry.backend == backend]
-            exporter = EXPORTERS[backend]
-            for artifact in exporter.export(
+            job = Job(
                 planned.programs[component],
+                planned.profile,
                 folder,
-                forms,
+                [(entry.form, entry.mode) for entry in made if entry.backend == backend],
+                lambda component=component: calibration_feeds(planned.student, planned.programs[component]),
                 lambda size, name=component: progress(f"export {name}", size),
-            ):
-                written[artifact.label] = artifact
+            )
+            written |= {artifact.label: artifact for artifact in load_exporter(backend).export(job)}
         artifacts += [replace(written[entry.label], preferred=entry is made[0]) for entry in made]
     return tuple(artifacts)
 
@@ -146,7 +149,7 @@ def read_back(planned: Planned, artifacts: Iterable[Artifact], folder: Path, pro
         program = planned.programs[artifact.component]
         if program.inherited:
             progress(f"read back {artifact.component} {artifact.label}", 0)
-            stored = onnx_weights.read_matrices(folder / artifact.model, program.inherited)
+            stored = load_exporter(artifact.backend).read_matrices(folder, artifact, program)
             total += inheritance.compare(artifact.label, program, stored, planned.student.quantized)
     return total
 
@@ -168,7 +171,6 @@ def write_golden(planned: Planned, folder: Path, progress: Progress) -> tuple[di
 
 def finish(
     planned: Planned,
-    profile: Profile,
     key: str,
     artifacts: tuple[Artifact, ...],
     golden_files: dict[str, str],
@@ -178,6 +180,7 @@ def finish(
     progress: Progress,
 ) -> Bundle:
     """Adds the rest of the contents, checks that the package is still what was read, and writes the manifest last."""
+    profile = planned.profile
     tokenizer = contents.write_contents(planned.student, profile, folder)
     widths = [matrix.bits for matrix in planned.programs["lm"].inherited.values()]
     limits = contents.tolerances(profile, planned.programs, noise)

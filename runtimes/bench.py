@@ -62,7 +62,7 @@ def bench(bundle: Bundle, selection: Selection, effort: Effort) -> tuple[list[La
             measurement = replace(measurement, invalid="; ".join(reasons))
         conditions[f"{artifact.component} {artifact.label}"] = {
             **measurement.notes,
-            "precision": dict(artifact.precision),
+            "precision": {**artifact.precision, **measurement.effective},
         }
         figures = [*measurement.figures, *roof_share(measurement, roof)]
         rows += [latency_row(artifact, figure, measurement.invalid) for figure in figures]
@@ -89,7 +89,8 @@ def measure_apart(bundle: Bundle, artifact: Artifact, effort: Effort) -> Measure
     if done.returncode:
         raise BenchError(f"the measurement ended with {done.returncode}: {done.stderr.strip()[-2000:]}", name)
     raw = json.loads(done.stdout.splitlines()[-1])
-    return Measurement(tuple(Figure(**figure) for figure in raw["figures"]), raw["invalid"], raw["notes"])
+    figures = tuple(Figure(**figure) for figure in raw["figures"])
+    return Measurement(figures, raw["invalid"], raw["notes"], raw["effective"])
 
 
 def check_budgets(bundle: Bundle, rows: Sequence[Latency]) -> list[Result]:

@@ -87,6 +87,11 @@ class Artifact:
     bytes_per_token: int | None
     operators: Mapping[str, int]
     preferred: bool
+    #: distribution on the device -> release that the artifact needs, as in {"openvino": "2026.4"}; its parts must be
+    #: the first ones of the installed version.
+    runtime: Mapping[str, str] = field(default_factory=dict)
+    #: what only the backend's own session reads, such as compiled prefill lengths; plain JSON values
+    options: Mapping[str, Any] = field(default_factory=dict)
     raw: Mapping[str, Any] = field(repr=False, default_factory=dict)
 
     @property

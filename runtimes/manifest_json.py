@@ -71,6 +71,8 @@ def _artifact(value: Any, where: str) -> Artifact:
         raise refuse(f"{where}model", f"{model!r} is not among the artifact's files")
     operators = get(obj, "operators", dict, where)
     precision = get(obj, "precision", dict, where)
+    # Younger than the schema's first number: a bundle without them asks for nothing.
+    runtime, options = (get(obj, key, dict, where) if key in obj else {} for key in ("runtime", "options"))
     return Artifact(
         component=component,
         backend=text(obj, "backend", where),
@@ -85,6 +87,8 @@ def _artifact(value: Any, where: str) -> Artifact:
         bytes_per_token=optional(obj, "bytes_per_token", int, where),
         operators={key: count(operators, key, f"{where}operators.") for key in operators},
         preferred=get(obj, "preferred", bool, where),
+        runtime={key: text(runtime, key, f"{where}runtime.") for key in runtime},
+        options=options,
         raw=obj,
     )
 

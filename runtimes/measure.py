@@ -10,7 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
@@ -27,7 +27,7 @@ from runtimes.host import (
     why_invalid,
 )
 from runtimes.sampling import GREEDY, Allowed, Sampler
-from runtimes.session import Array, CheckedSession, open_session
+from runtimes.session import Array, BackendUnavailable, CheckedSession, open_session
 
 # Medians of the first and the last quarter of the passes: further apart than this is not a steady state.
 DRIFT = 1.25
@@ -63,15 +63,25 @@ class Measurement:
     figures: tuple[Figure, ...]
     invalid: str
     notes: Mapping[str, float | None]
+    effective: Mapping[str, str] = field(default_factory=dict)
 
 
 def measure(bundle: Bundle, artifact: Artifact, effort: Effort) -> Measurement:
-    """Load, cold, warm and, with a soak, sustained figures. Meant for a fresh process."""
+    """Load, cold, warm and, with a soak, sustained figures. Meant for a fresh process.
+
+    No figures of an artifact that only a stand-in can run here, or nothing at all: `invalid` says which.
+    """
     threads = effort.threads or usable_cores()
     before, clock, base = Conditions.now(), frequency_khz(), rss_bytes()
     feeds = load_feeds(bundle, artifact)
     start = time.perf_counter()
-    with open_session(bundle, artifact, effort.threads, timing=True) as session:
+    try:
+        opened = open_session(bundle, artifact, effort.threads, timing=True)
+    except BackendUnavailable as error:
+        return Measurement((), str(error), {})
+    with opened as session:
+        if session.stand_in is not None:
+            return Measurement((), f"run on {session.stand_in}", {})
         load = Figure("load", (time.perf_counter() - start) * 1e3, "ms", "open_session, vendor import included")
         timed = _time_lm if artifact.component == "lm" else _time_signal
         figures, steps = timed(bundle, session, feeds, effort)
@@ -88,7 +98,7 @@ def measure(bundle: Bundle, artifact: Artifact, effort: Effort) -> Measurement:
     }
     memory = [Figure("base_rss", base / 2**20, "MiB", "process before loading")] if base else []
     invalid = "; ".join(filter(None, reasons))
-    return Measurement((load, *figures, peak, *memory, *soaked), invalid, notes)
+    return Measurement((load, *figures, peak, *memory, *soaked), invalid, notes, session.effective)
 
 
 class _Decoder:

@@ -76,12 +76,19 @@ def check_artifact(bundle: Bundle, artifact: Artifact, selection: Selection = AL
     try:
         with open_session(bundle, artifact, selection.threads) as session:
             found = compare[artifact.component.split("_")[-1]](bundle, session)
+            machine = session.stand_in or selection.stand_in
+            effective = ", ".join(f"{key} {value}" for key, value in session.effective.items())
     except BackendUnavailable as error:
         rows = _rows(artifact, gate, limits, dict.fromkeys(limits, Found(None, str(error))))
         return [replace(row, status="pending-device") for row in rows]
     except Fault as error:
         found = dict.fromkeys(limits, Found(None, str(error)))
-    return _rows(artifact, gate, limits, found, selection.stand_in)
+        machine, effective = selection.stand_in, ""
+    if effective:
+        found = {
+            metric: replace(value, where=f"{value.where}; computed in {effective}") for metric, value in found.items()
+        }
+    return _rows(artifact, gate, limits, found, machine)
 
 
 def check_loss(bundle: Bundle, artifact: Artifact) -> list[Result]:

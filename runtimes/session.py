@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 import numpy as np
 
 from runtimes.errors import Fault
+from runtimes.versions import check_runtime
 
 if TYPE_CHECKING:
     from runtimes.bundle import Artifact, Bundle, TensorSpec
@@ -98,6 +99,8 @@ class CheckedSession(ABC):
     """The checks, the bookkeeping of positions and the guards; a backend adds the run itself.
 
     `run` costs a few microseconds for a one-token step: a step of a small model takes 500.
+    `effective` is what the loaded model computes in, as the vendor's runtime reports it, where it reports that.
+    `stand_in` names what runs in the device's place, such as an interpreter or an emulator; None on the device itself.
     With `timing`, a backend stores the seconds of its vendor's own call in `last_run_seconds`, so that the cost of
     everything around it can be measured.
     """
@@ -108,6 +111,8 @@ class CheckedSession(ABC):
         self.position = 0
         self.timing = timing
         self.last_run_seconds = 0.0
+        self.effective: dict[str, str] = {}
+        self.stand_in: str | None = None
         self._where = f"{artifact.component} ({artifact.backend} {artifact.form} {artifact.mode})"
         self._checks = tuple(
             _InputCheck(spec, limits.high.get(spec.name), self._where)
@@ -282,6 +287,9 @@ def choose_artifact(
 
 BACKENDS: dict[str, tuple[str, str]] = {
     "onnx": ("runtimes.onnxruntime_", "OnnxRuntimeSession"),
+    "openvino": ("runtimes.openvino_", "OpenVinoSession"),
+    "tvm": ("runtimes.tvm_", "TvmSession"),
+    "coreml": ("runtimes.coreml_", "CoreMlSession"),
     "torch": ("runtimes.torch_", "TorchSession"),
 }
 
@@ -291,7 +299,8 @@ def open_session(
 ) -> CheckedSession:
     """Loads an artifact of a bundle. `threads` None leaves the number to the backend.
 
-    Raises BackendUnavailable for a backend that this version does not know or whose package is not installed.
+    Raises BackendUnavailable for a backend that this version does not know or whose package is not installed, or for an
+    artifact of a device that is not here; WrongRuntime for one that was made for another version of the runtime.
     """
     entry = BACKENDS.get(artifact.backend)
     if entry is None:
@@ -299,6 +308,7 @@ def open_session(
         raise BackendUnavailable(f"no runtime for backend {artifact.backend!r}", artifact.component, f"Known: {known}")
     module, name = entry
     try:
+        check_runtime(artifact.runtime, f"{artifact.component} ({artifact.label})")
         session_class: type[CheckedSession] = getattr(import_module(module), name)
         return session_class.open(bundle, artifact, threads=threads, timing=timing)
     except ModuleNotFoundError as error:

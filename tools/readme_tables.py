@@ -19,7 +19,7 @@ from typing import Any
 
 from device_profiles import Profile, list_profiles, load_profile
 from device_profiles.schema import FORMS
-from exporters.plan import EXPORTERS
+from exporters.backends import EXPORTERS
 from exporters.reference import DATA
 from runtimes.bundle import load_bundle
 from runtimes.report import read_report

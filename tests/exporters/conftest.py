@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from device_profiles import load_profile
+from exporters.backends import Job
 from exporters.families.decoder_lm import capture_lm
 from exporters.onnx_ import OnnxExporter
 from exporters.program import Program
@@ -34,7 +36,7 @@ ExportLm = Callable[[str], ExportedLm]
 def export_lm(student: Student, folder: Path) -> ExportedLm:
     program = capture_lm(student, CAPACITY)
     exporter = OnnxExporter()
-    written = exporter.export(program, folder, exporter.forms(program))
+    written = exporter.export(Job(program, load_profile("host"), folder, exporter.forms(program)))
     return ExportedLm(student, program, folder, {(a.form, a.mode): a for a in written})
 
 

@@ -11,6 +11,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from device_profiles import load_profile
+from exporters.backends import Job
 from exporters.families.decoder_lm import UnsupportedModule, capture_lm
 from exporters.onnx_ import OnnxExporter
 from exporters.student import Student, load_student
@@ -73,8 +75,8 @@ def write_checkpoint(folder: Path, kind: str, options: dict[str, Any]) -> torch.
 
 def export(student: Student, folder: Path) -> dict[str, Artifact]:
     """form -> artifact."""
-    program = capture_lm(student, CAPACITY)
-    return {artifact.form: artifact for artifact in OnnxExporter().export(program, folder, FORMS)}
+    job = Job(capture_lm(student, CAPACITY), load_profile("host"), folder, FORMS)
+    return {artifact.form: artifact for artifact in OnnxExporter().export(job)}
 
 
 def chunked(artifact: Artifact, folder: Path, ids: np.ndarray) -> np.ndarray:

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
-import onnxruntime
 import pytest
 import torch
 
 from exporters import ops
-from exporters.external_data import WeightFile
-from exporters.onnx_ import FORMS, lower
+from exporters.errors import ExportError
 from exporters.program import Program, capture
 from runtimes.bundle import StateSpec, TensorSpec
-from tests.exporters.op_cases import CAPACITY, CASES, OPERATORS, Array, Case
+from tests.exporters.op_cases import CAPACITY, CASES, Array, Case
+from tests.exporters.runners import RUNNERS, Runner, Step
 
-Step = Callable[[Mapping[str, Array]], list[Array]]
-
-RECIPES = {recipe.target: recipe for (_, mode), recipe in FORMS.items() if mode == "exact"}
+#: Of the eager reference.
+TOLERANCE = {"exact": 0.0, "float32": 3e-6, "float16": 3e-3}
 #: The length at capture, one that was not seen there, and the smallest.
 LENGTHS = (4, 7, 1)
 #: Ways to cut one sequence of the attention op into runs.
@@ -30,7 +27,7 @@ SPLITS = ((7, 1, 1, 5), (3, 9, 2), (1, 1, 1, 1, 10))
 
 each_plain = pytest.mark.parametrize("case", [c for c in CASES if c.op != "kv_attention"], ids=str)
 each_attention = pytest.mark.parametrize("case", [c for c in CASES if c.op == "kv_attention"], ids=str)
-each_target = pytest.mark.parametrize("target", RECIPES)
+each_runner = pytest.mark.parametrize("runner", RUNNERS.values(), ids=RUNNERS)
 
 
 class Call(torch.nn.Module):
@@ -92,36 +89,14 @@ def capture_call(case: Case) -> Program:
     )
 
 
-def exported(case: Case, target: str, folder: Path) -> Step:
-    """The op lowered for ``target``, written with external data and run by ONNX Runtime."""
+def exported(case: Case, runner: Runner, folder: Path) -> Step | None:
+    """The op through a backend's exporter and runtime; None where the backend refused it as it must."""
     program = capture_call(case)
-    model = lower(program, RECIPES[target])
-    with WeightFile(folder / "op.data") as weights:
-        weights.adopt(model)
-    ir.save(model, folder / "op.onnx")
-    operators = {node.op_type for node in model.graph.all_nodes()}
-    lowered = OPERATORS[case.op, target]
-    assert not lowered or (lowered in operators) == (target not in case.decomposed), operators
-    domains = {node.domain for node in model.graph.all_nodes()}
-    assert not model.functions and (target != "onnx/standard" or domains == {""}), domains
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    session = onnxruntime.InferenceSession(folder / "op.onnx", options, providers=["CPUExecutionProvider"])
-
-    def step(inputs: Mapping[str, Array]) -> list[Array]:
-        binding = session.io_binding()
-        for name, value in inputs.items():
-            binding.bind_cpu_input(name, value)
-        for spec in program.outputs:
-            binding.bind_output(spec.name)
-        for state in program.states:  # in and out are one buffer, as in a session
-            buffer = inputs[state.input]
-            binding.bind_output(state.output, "cpu", 0, buffer.dtype, buffer.shape, buffer.ctypes.data)
-        session.run_with_iobinding(binding)
-        return [*binding.copy_outputs_to_cpu()[: len(program.outputs)], *(inputs[s.input] for s in program.states)]
-
-    return step
+    if (reason := runner.refused(case)) is None:
+        return runner.build(case, program, folder)
+    with pytest.raises(ExportError, match=reason):
+        runner.build(case, program, folder)
+    return None
 
 
 def assert_near(got: Array, expected: Array, tolerance: float) -> None:
@@ -158,30 +133,29 @@ def check_attention(case: Case, step: Step, tolerance: float, filler: float) -> 
 
 def test_every_op_is_in_the_table_for_every_target() -> None:
     assert {case.op for case in CASES} == set(ops.REGISTRY)
-    assert set(OPERATORS) == {(op, target) for op in ops.REGISTRY for target in RECIPES}
+    assert all(set(runner.operators) == set(ops.REGISTRY) for runner in RUNNERS.values())
     assert len({str(case) for case in CASES}) == len(CASES)
-    assert all(set(case.tolerance) == {"eager", *RECIPES} for case in CASES)
 
 
 @each_plain
 def test_reference(case: Case) -> None:
-    check_plain(case, eager(case), case.tolerance["eager"])
+    check_plain(case, eager(case), TOLERANCE[case.tolerance])
 
 
 @each_plain
-@each_target
-def test_exported(case: Case, target: str, tmp_path: Path) -> None:
-    check_plain(case, exported(case, target, tmp_path), case.tolerance[target])
+@each_runner
+def test_exported(case: Case, runner: Runner, tmp_path: Path) -> None:
+    if (step := exported(case, runner, tmp_path)) is not None:
+        check_plain(case, step, runner.tolerance[case.tolerance])
 
 
 @each_attention
 def test_attention_reference(case: Case) -> None:
-    check_attention(case, eager(case), case.tolerance["eager"], np.nan)
+    check_attention(case, eager(case), TOLERANCE[case.tolerance], np.nan)
 
 
 @each_attention
-@each_target
-def test_attention_exported(case: Case, target: str, tmp_path: Path) -> None:
-    # Attention-24 multiplies masked slots by 0, so they have to be finite: sessions start from zeros.
-    filler = np.nan if target == "onnx/fused" else 50.0
-    check_attention(case, exported(case, target, tmp_path), case.tolerance[target], filler)
+@each_runner
+def test_attention_exported(case: Case, runner: Runner, tmp_path: Path) -> None:
+    if (step := exported(case, runner, tmp_path)) is not None:
+        check_attention(case, step, runner.tolerance[case.tolerance], runner.filler)
