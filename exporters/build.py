@@ -100,8 +100,8 @@ def build(request: Request, progress: Progress = quiet) -> tuple[Bundle, Report,
         )
         artifacts = stages.export(planned, folder, progress)
         inherited = stages.read_back(planned, artifacts, folder, progress)
-        golden_files, noise = stages.write_golden(planned, folder, progress)
-        bundle = stages.finish(planned, key, artifacts, golden_files, noise, inherited, folder, progress)
+        golden_files, noise, floors = stages.write_golden(planned, folder, progress)
+        bundle = stages.finish(planned, key, artifacts, golden_files, noise, floors, inherited, folder, progress)
         report = _measure(bundle, request, progress)
         write_report(folder, report)
         if faults(report) and not request.allow_failed:

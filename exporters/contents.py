@@ -5,16 +5,20 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from device_profiles.schema import Profile
 from exporters.inheritance import Inheritance
 from exporters.student import Student
 from runtimes.bundle import Artifact
+
+if TYPE_CHECKING:
+    from exporters.noise import Floor
 
 #: Distributions whose version decides what an artifact holds.
 TOOLS = (
@@ -25,6 +29,11 @@ TOOLS = (
     "onnx-ir",
     "onnxscript",
     "onnxruntime",
+    "openvino",
+    "nncf",
+    "apache-tvm",
+    "apache-tvm-ffi",
+    "coremltools",
     "safetensors",
     "tokenizers",
     "numpy",
@@ -32,8 +41,12 @@ TOOLS = (
 MUTABLE = ("report.json", "report.md")
 CARDS = ("MODEL_CARD.md", "DATA_CARD.md", "quality.json")
 
-#: Factor on the reference's own noise that an export may reach, and the one below which two logits are a tie.
+#: Factor on the float32 reference's own noise that an export may reach, and the one below which two logits are a tie.
 NOISE_FACTOR, TIE_FACTOR = 100, 10
+#: Factor on a noise floor's power: KL divergence grows with the square of an error, as signal-to-noise ratios do.
+FLOOR_FACTOR = 10
+#: Share of positions that may differ where the floor's own share is smaller: the exact mode's.
+LEAST_FLIPS = 0.005
 
 USAGE = """# {name} {version} for {profile}
 
@@ -48,8 +61,9 @@ This folder runs with the runtime of edge-export alone (its extra `onnx`; PyTorc
 
 
 def tool_versions() -> dict[str, str]:
-    """Distribution -> installed version."""
-    return {name: metadata.version(name) for name in TOOLS}
+    """Distribution -> installed version; the extras that are not installed are missing."""
+    installed = {distribution.name for distribution in metadata.distributions()}
+    return {name: metadata.version(name) for name in TOOLS if name in installed}
 
 
 def build_key(student_sha256: Iterable[str], profile: Profile, options: Mapping[str, Any]) -> str:
@@ -105,8 +119,10 @@ def _bill(student: Student) -> dict[str, Any]:
     return {"bomFormat": "CycloneDX", "specVersion": "1.6", "version": 1, "components": [model, *tools]}
 
 
-def tolerances(profile: Profile, components: Iterable[str], noise: float) -> list[dict[str, Any]]:
-    """The manifest's limits: the profile's, and for float32 no more than a multiple of the measured noise floor."""
+def tolerances(
+    profile: Profile, components: Iterable[str], noise: float, floors: Iterable[Floor] = ()
+) -> list[dict[str, Any]]:
+    """The manifest's limits: the profile's, and multiples of the measured noise floors where there are some."""
     rows = []
 
     def add(component: str, gate: str, metric: str, limit: float, source: str) -> None:
@@ -130,7 +146,23 @@ def tolerances(profile: Profile, components: Iterable[str], noise: float) -> lis
             add("lm", "export-fast", "same_top", profile.fast_same_top, source("fast_same_top"))
         elif component.endswith("_decoder"):
             add(component, "export", "relative_max_error", profile.codec_relative, source("codec_relative"))
+            add(component, "export-int8", "psnr_loss", profile.codec_int8_loss_db, source("codec_int8_loss_db"))
+    for found in floors:
+        for metric, value in found.metrics.items():
+            text = f"{FLOOR_FACTOR} x noise floor: the {found.dtype} reference is at {value:.3g} against float32"
+            add(found.component, f"export-{found.mode}", metric, _above_floor(metric, value), text)
     return rows
+
+
+def _above_floor(metric: str, value: float) -> float:
+    """The limit that a noise floor gives."""
+    if metric in ("mean_kl", "p999_kl"):
+        return FLOOR_FACTOR * value
+    if metric == "same_top":
+        return 1 - max(FLOOR_FACTOR * (1 - value), LEAST_FLIPS)
+    if metric == "ssim":
+        return 1 - FLOOR_FACTOR * (1 - value)
+    return value - 10 * math.log10(FLOOR_FACTOR)  # decibels
 
 
 def loss_tolerances(profile: Profile, bits: int | None) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ captured graph, so the golden files are an independent oracle. runtimes/golden.p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +15,16 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from exporters.contents import TIE_FACTOR
 from exporters.families.decoder_lm import build_reference
 from exporters.families.references import REFERENCES
+from exporters.noise import DTYPES, Floor, logit_noise, signal_noise
 from exporters.program import Program
 from exporters.student import Student
 
 STEPS = 64
+#: Name of the encoded signal in a decoder's golden file (runtimes/golden.py).
+SIGNAL = "signal"
 #: Samples of the language model; fewer where the vocabulary makes their logits larger than the limit.
 SAMPLES, LARGEST_LOGITS = 8, 16 << 20
 #: Tokens of the longest golden prompt; it ends where the cache does, if that is shorter.
@@ -29,15 +33,18 @@ LONGEST_PROMPT = 192
 SHORTEST_PROMPT = 8
 
 
-def write_lm(student: Student, floating: Student | None, capacity: int, path: Path) -> float:
+def write_lm(
+    student: Student, floating: Student | None, capacity: int, path: Path, modes: Collection[str] = ()
+) -> tuple[float, list[Floor]]:
     """Writes the language model's golden file.
 
     Args:
         floating: the float student, for the quantisation-loss gate; None leaves it out.
+        modes: those of exporters/noise.py's DTYPES whose noise floor is wanted.
 
     Returns:
-        The noise floor of the reference itself: the largest difference of its float32 from its float64 logits, as a
-        share of the largest logit.
+        The noise of the float32 reference itself, the largest difference from its float64 logits as a share of the
+        largest logit, and the floors.
     """
     ids, prompts = lm_samples(student, capacity)
     model = build_reference(student)
@@ -48,7 +55,12 @@ def write_lm(student: Student, floating: Student | None, capacity: int, path: Pa
     if floating is not None:
         tensors["float_logits"] = _forced(build_reference(floating), ids, prompts)
     _save(tensors, path)
-    return float(noise)
+    tie = TIE_FACTOR * noise * np.abs(tensors["logits"]).max()
+    floors = []
+    for mode in modes:
+        moved = _forced(build_reference(student, DTYPES[mode]), ids, prompts)
+        floors.append(Floor.of("lm", mode, logit_noise(tensors["logits"], moved, tie)))
+    return float(noise), floors
 
 
 def lm_samples(student: Student, capacity: int) -> tuple[np.ndarray, np.ndarray]:
@@ -86,37 +98,73 @@ def _forced(model: PreTrainedModel, ids: np.ndarray, prompts: np.ndarray) -> np.
     return np.stack(rows)
 
 
-def write_codec(student: Student, modality: str, programs: Mapping[str, Program], folder: Path) -> dict[str, str]:
-    """Writes the golden files of a discretizer's encoder and decoder; returns component -> file name."""
+def write_codec(
+    student: Student,
+    modality: str,
+    programs: Mapping[str, Program],
+    folder: Path,
+    modes: Mapping[str, Collection[str]] | None = None,
+) -> tuple[dict[str, str], list[Floor]]:
+    """Writes the golden files of a discretizer's encoder and decoder.
+
+    Args:
+        modes: component -> those of exporters/noise.py's DTYPES whose noise floor is wanted; decoders alone have one.
+
+    Returns:
+        component -> file name, and the floors.
+    """
     model = student.discretizer(modality)
     reference = REFERENCES[type(model).__name__]
-    written = {}
+    written, floors = {}, []
     for component, program in programs.items():
         step = reference.decode if component.endswith("_decoder") else reference.encode
         [source], [target] = program.inputs, program.outputs
-        tensors = {}
-        for i, case in enumerate(_cases(student, modality, model, component)):
+        tensors, expected, cases = {}, [], []
+        for i, (case, signal) in enumerate(_cases(student, modality, model, component)):
             with torch.no_grad():
-                tensors |= {
-                    f"case{i}.{source.name}": case.numpy(),
-                    f"case{i}.expected.{target.name}": step(model, case).contiguous().numpy(),
-                }
+                expected.append(step(model, case).contiguous().numpy())
+            cases.append(case)
+            tensors |= {f"case{i}.{source.name}": case.numpy(), f"case{i}.expected.{target.name}": expected[-1]}
+            if step is reference.decode:  # what was encoded: a lossy artifact is judged by how much further it is
+                tensors[f"case{i}.{SIGNAL}"] = signal.numpy()
         written[component] = f"{component}.safetensors"
         _save(tensors, folder / written[component])
-    return written
+        if step is reference.decode:
+            floors += _decoder_floors(student, modality, component, cases, expected, (modes or {}).get(component, ()))
+    return written, floors
 
 
-def _cases(student: Student, modality: str, model: nn.Module, component: str) -> Iterator[Tensor]:
-    """Inputs of a codec in three sizes; codes are those of real signals where the package has samples."""
+@torch.no_grad()
+def _decoder_floors(
+    student: Student,
+    modality: str,
+    component: str,
+    cases: Sequence[Tensor],
+    expected: Sequence[np.ndarray],
+    modes: Collection[str],
+) -> Iterator[Floor]:
+    constants = student.modalities[modality].preprocessing
+    span = 1.0 / min(constants["std"]) if "std" in constants else 1.0  # pixels of 0..1 become (pixel - mean) / std
+    for mode in modes:
+        # As torch does it: diffusers' own method warns about modules that this one has not.
+        model = nn.Module.to(student.discretizer(modality), DTYPES[mode])
+        decode = REFERENCES[type(model).__name__].decode
+        moved = [decode(model, case).float().contiguous().numpy() for case in cases]
+        pairs = list(zip(expected, moved, strict=True))
+        yield Floor.of(component, mode, signal_noise(modality, pairs, span))
+
+
+def _cases(student: Student, modality: str, model: nn.Module, component: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """(input, signal) of a codec in three sizes; codes are those of real signals where the package has samples."""
     reference = REFERENCES[type(model).__name__]
     samples = package_samples(student, modality)
     for scale in reference.scales:
         signal = reference.signal(samples, student.modalities[modality], scale)
         if component.endswith("_encoder"):
-            yield signal
+            yield signal, signal
         else:
             with torch.no_grad():
-                yield reference.encode(model, signal)
+                yield reference.encode(model, signal), signal
 
 
 #: modality -> (file of a package's samples, tensor in it)

@@ -14,6 +14,7 @@ from exporters.calibration import calibration_feeds
 from exporters.errors import ExportError
 from exporters.families import capture_student
 from exporters.inheritance import Inheritance
+from exporters.noise import DTYPES, Floor
 from exporters.plan import Entry, Forecast, check_fit, forecast, plan_entries
 from exporters.program import Program
 from exporters.student import Student, load_student
@@ -154,19 +155,29 @@ def read_back(planned: Planned, artifacts: Iterable[Artifact], folder: Path, pro
     return total
 
 
-def write_golden(planned: Planned, folder: Path, progress: Progress) -> tuple[dict[str, str], float]:
-    """Writes the golden files; returns component -> path in the bundle, and the reference's relative noise."""
+def write_golden(planned: Planned, folder: Path, progress: Progress) -> tuple[dict[str, str], float, list[Floor]]:
+    """Writes the golden files; returns component -> path in the bundle, the float32 reference's relative noise, and
+    the noise floors of the other dtypes that artifacts compute in."""
+    modes = {
+        name: sorted({entry.mode for entry in entries if not entry.left_out} & DTYPES.keys())
+        for name, entries in planned.entries.items()
+    }
+    # The vendor's fast modes of a language model also round activations to int8: their limits are the profile's.
+    modes["lm"] = [mode for mode in modes["lm"] if mode != "fast"]
     progress("golden outputs of lm", 0)
     paths = {"lm": "golden/lm.safetensors"}
-    noise = golden.write_lm(planned.student, planned.floating, planned.capacity, folder / paths["lm"])
+    noise, floors = golden.write_lm(
+        planned.student, planned.floating, planned.capacity, folder / paths["lm"], modes["lm"]
+    )
     for name, modality in planned.student.modalities.items():
         if modality.discretizer is None:
             continue
         progress(f"golden outputs of {name}", 0)
         own = {entry: program for entry, program in planned.programs.items() if entry.startswith(f"{name}_")}
-        written = golden.write_codec(planned.student, name, own, folder / "golden")
+        written, found = golden.write_codec(planned.student, name, own, folder / "golden", modes)
         paths |= {component: f"golden/{file}" for component, file in written.items()}
-    return paths, noise
+        floors += found
+    return paths, noise, floors
 
 
 def finish(
@@ -175,6 +186,7 @@ def finish(
     artifacts: tuple[Artifact, ...],
     golden_files: dict[str, str],
     noise: float,
+    floors: Iterable[Floor],
     inherited: Inheritance,
     folder: Path,
     progress: Progress,
@@ -183,7 +195,7 @@ def finish(
     profile = planned.profile
     tokenizer = contents.write_contents(planned.student, profile, folder)
     widths = [matrix.bits for matrix in planned.programs["lm"].inherited.values()]
-    limits = contents.tolerances(profile, planned.programs, noise)
+    limits = contents.tolerances(profile, planned.programs, noise, floors)
     limits += contents.loss_tolerances(profile, min(widths, default=None))
     planned.student.verify_unchanged()
     return write_manifest(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from runtimes.bundle import Bundle, Modality
-from runtimes.gates import noise_share
+from runtimes.gates import HIGHER_IS_BETTER, noise_share
 from runtimes.golden import LmGolden, SignalCase, load_cases, load_lm
 from runtimes.metrics import (
     Array,
@@ -122,7 +122,7 @@ def compare_decoder(bundle: Bundle, session: CheckedSession) -> dict[str, Found]
     where = f"{len(cases)} cases, the last of shape {list(next(iter(cases[-1].feeds.values())).shape)}"
     found = {}
     for metric in next(iter(measured.values())):
-        pick = max if metric == "relative_max_error" else min
+        pick = min if metric in HIGHER_IS_BETTER else max
         worst = pick(measured, key=lambda name: measured[name][metric])
         found[metric] = Found(measured[worst][metric], f"{where}; worst in {worst}")
     return found
@@ -138,7 +138,11 @@ def _measure_signal(case: SignalCase, session: CheckedSession, modality: Modalit
         return {**values, "si_snr": si_snr(expected, result)}
     # Pixels of 0..1 become (pixel - mean) / std, so their range is 1 / std.
     data_range = 1.0 / min(modality.preprocessing["std"])
-    return {**values, "psnr": psnr(expected, result, data_range), "ssim": ssim(expected, result, data_range)}
+    values |= {"psnr": psnr(expected, result, data_range), "ssim": ssim(expected, result, data_range)}
+    if case.signal is not None:
+        kept, left = (psnr(case.signal, picture, data_range) for picture in (expected, result))
+        values["psnr_loss"] = kept - left
+    return values
 
 
 def compare_encoder(bundle: Bundle, session: CheckedSession) -> dict[str, Found]:

@@ -14,7 +14,9 @@ from runtimes.report import Result, Status
 if TYPE_CHECKING:
     from runtimes.bundle import Artifact, Bundle
 
-EXPORT, EXPORT_FAST, LOSS, INHERITANCE = "export", "export-fast", "quantisation-loss", "inheritance"
+EXPORT, LOSS, INHERITANCE = "export", "quantisation-loss", "inheritance"
+#: form of convolutions that the build quantised itself; its gate has the form's name
+INT8 = "int8"
 HIGHER_IS_BETTER = {"same_top", "psnr", "ssim", "si_snr", "snr", "codes_equal", "identical"}
 
 
@@ -30,6 +32,8 @@ _START = "starting limit"
 _TAIL = "hand-set: one position in a thousand may carry 100 times the mean limit"
 _TIE = "hand-set: a code whose two nearest entries are equally far may flip in float32"
 _FAST = "hand-set: activations may cost what int4 weights may"
+_HALF = "hand-set: ten times the starting limit of the exact mode, where the bundle has no noise floor"
+_EIGHT = "hand-set: what 8-bit convolutions may move a picture or a sound by, on top of the loss against the original"
 _VIEW = "hand-set: the fp16 decoder limit of 40 dB, in the terms of the medium"
 
 _EXPORT_FLOAT = {"relative_max_error": Limit(1e-4, _START), "same_top": Limit(1.0, "starting limit: ties apart")}
@@ -39,9 +43,16 @@ _EXPORT_QUANTISED = {
     "same_top": Limit(0.995, _START),
 }
 _EXPORT_FAST = {"mean_kl": Limit(0.05, _FAST), "p999_kl": Limit(5.0, _TAIL), "same_top": Limit(0.91, _FAST)}
+_EXPORT_HALF = {"mean_kl": Limit(1e-3, _HALF), "p999_kl": Limit(0.1, _TAIL), "same_top": Limit(0.98, _HALF)}
 _SIGNAL_VIEW = {"psnr": Limit(40.0, _VIEW), "ssim": Limit(0.99, _VIEW), "si_snr": Limit(40.0, _VIEW)}
 _SIGNAL_FLOAT = {"relative_max_error": Limit(1e-4, _START), **_SIGNAL_VIEW}
 _SIGNAL_HALF = {"snr": Limit(40.0, _START), **_SIGNAL_VIEW}
+_SIGNAL_INT8 = {
+    "psnr_loss": Limit(0.6, _START),
+    "psnr": Limit(30.0, _EIGHT),
+    "ssim": Limit(0.95, _EIGHT),
+    "si_snr": Limit(20.0, _EIGHT),
+}
 _CODES = {"codes_equal": Limit(0.99, _TIE)}
 _LOSS = {
     "float16": {"mean_kl": Limit(1e-4, _START), "p999_kl": Limit(1e-2, _TAIL), "same_top": Limit(0.995, _START)},
@@ -61,8 +72,10 @@ def is_quantised(artifact: Artifact) -> bool:
 
 
 def export_gate(artifact: Artifact) -> str:
-    """The name of the export-parity gate: the vendor's fast mode has its own."""
-    return EXPORT if artifact.mode == "exact" else EXPORT_FAST
+    """The name of the export-parity gate: "export" in exact mode, else "export-" and the mode, or the form "int8"."""
+    if artifact.form == INT8:
+        return f"{EXPORT}-{INT8}"
+    return EXPORT if artifact.mode == "exact" else f"{EXPORT}-{artifact.mode}"
 
 
 def export_limits(bundle: Bundle, artifact: Artifact) -> dict[str, Limit]:
@@ -70,12 +83,13 @@ def export_limits(bundle: Bundle, artifact: Artifact) -> dict[str, Limit]:
     in_full = artifact.precision.get("activations", "float32") == "float32"
     if artifact.component == "lm":
         plain = _EXPORT_FLOAT if in_full and weight_class(artifact) == "float32" else _EXPORT_QUANTISED
-        defaults = plain if artifact.mode == "exact" else _EXPORT_FAST
+        defaults = {"exact": plain, "fp16": _EXPORT_HALF, "fast": _EXPORT_FAST}[artifact.mode]
     elif artifact.component.endswith("_encoder"):
         defaults = _CODES
     else:
-        defaults = _SIGNAL_FLOAT if in_full and artifact.mode == "exact" else _SIGNAL_HALF
-        other = {"image_decoder": ("si_snr",), "audio_decoder": ("psnr", "ssim")}[artifact.component]
+        full = _SIGNAL_FLOAT if in_full and artifact.mode == "exact" else _SIGNAL_HALF
+        defaults = _SIGNAL_INT8 if artifact.form == INT8 else full
+        other = {"image_decoder": ("si_snr",), "audio_decoder": ("psnr", "ssim", "psnr_loss")}[artifact.component]
         defaults = {metric: limit for metric, limit in defaults.items() if metric not in other}
     return _from_manifest(bundle, artifact.component, export_gate(artifact), defaults)
 

@@ -2,7 +2,8 @@
 
 golden/lm: `ids` int32 [n, P + D], `prompt` int32 [n], `logits` float32 [n, D, V], optionally `float_logits` of the
 same shape (the float student). Row j of sample i holds the logits after ids[i, :prompt[i] + j], teacher-forced.
-golden/<component>: `caseN.<input>` and `caseN.expected.<output>`; the last case has a shape never seen at export.
+golden/<component>: `caseN.<input>`, `caseN.expected.<output>` and, for a decoder, `caseN.signal`, whose codes the input
+are; the last case has a shape never seen at export.
 """
 
 from __future__ import annotations
@@ -44,11 +45,13 @@ class LmGolden:
 
 @dataclass(frozen=True)
 class SignalCase:
-    """One run of an encoder or decoder: feeds, and the outputs expected."""
+    """One run of an encoder or decoder: feeds, the outputs expected and, for a decoder, the signal whose codes it gets
+    (None in a bundle that has none)."""
 
     name: str
     feeds: Mapping[str, Array]
     expected: Mapping[str, Array]
+    signal: Array | None = None
 
 
 def load_lm(bundle: Bundle) -> LmGolden:
@@ -89,7 +92,8 @@ def load_cases(bundle: Bundle, artifact: Artifact) -> list[SignalCase]:
         if len(held) != len(feeds) + len(expected):
             lacking = sorted({*feeds, *expected} - set(held))
             raise GoldenError(f"{case} holds no {lacking[0]!r}", where, _AGAIN)
-        cases.append(SignalCase(case, {n: held[n] for n in feeds}, {n: held[n] for n in expected}))
+        signal = tensors.get(f"{case}.signal")
+        cases.append(SignalCase(case, {n: held[n] for n in feeds}, {n: held[n] for n in expected}, signal))
     return cases
 
 

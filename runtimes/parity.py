@@ -130,7 +130,7 @@ def _rows(
     """A row per limit; "mean_kl/image" is judged by what was found as "mean_kl"."""
     rows = []
     for metric, limit in limits.items():
-        measured = found[metric.split("/")[0]]
+        measured = found.get(metric.split("/")[0], Found(None, "the golden file lacks what this is measured on"))
         rows.append(judge(artifact, gate, metric, measured.value, limit, measured.where, stand_in))
     return rows
 

@@ -137,9 +137,9 @@ class LanguageModel(nn.Module):
 # --- building -----------------------------------------------------------------------------------------------------
 
 
-def build_reference(student: Student) -> PreTrainedModel:
-    """transformers' unmodified model in float32 with the student's dequantised weights: the parity reference."""
-    model = AutoModelForCausalLM.from_config(student.library_config(), dtype=torch.float32)
+def build_reference(student: Student, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """transformers' unmodified model with the student's dequantised weights: in float32 the parity reference."""
+    model = AutoModelForCausalLM.from_config(student.library_config(), dtype=dtype)
     state = {name: student.tensor(name).float() for name in student.tensors}
     for name, tensor in student.quantized.items():
         state[f"{name}.weight"] = torch.from_numpy(tensor.dequantize())

@@ -28,7 +28,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_rows_are_the_logits_after_each_prefix(plain: Path, tmp_path: Path) -> None:
-    noise = golden.write_lm(load_student(plain), None, CONTEXT, tmp_path / "lm.safetensors")
+    noise, _ = golden.write_lm(load_student(plain), None, CONTEXT, tmp_path / "lm.safetensors")
     held = load_file(tmp_path / "lm.safetensors")
     assert set(held) == {"ids", "prompt", "logits"}
     assert held["ids"].dtype == held["prompt"].dtype == np.int32 and held["logits"].dtype == np.float32
