@@ -1,0 +1,157 @@
+// One vector type of the target's width, the few operations that differ between instruction sets, and nothing else.
+//
+// The kernels are written once against this header; the compiler's flags choose the width (16 floats with AVX-512,
+// 8 with AVX2, 4 with NEON or anything else). Arithmetic is that of GCC's and Clang's vector extensions.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+namespace edge {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+using Float = float __attribute__((vector_size(4 * kLanes)));
+using Int = int32_t __attribute__((vector_size(4 * kLanes)));
+using Word = uint32_t __attribute__((vector_size(4 * kLanes)));
+
+#define EDGE_INLINE inline __attribute__((always_inline))
+
+template <class V>
+EDGE_INLINE V load(const void* from) {
+  V value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+
+EDGE_INLINE Float load(const float* from) { return load<Float>(static_cast<const void*>(from)); }
+
+template <class V>
+EDGE_INLINE void store(void* to, V value) {
+  std::memcpy(to, &value, sizeof value);
+}
+
+// The first `count` lanes; the others read as 0 and are not written.
+EDGE_INLINE Float load_part(const float* from, int count) {
+  float lanes[kLanes] = {};
+  std::memcpy(lanes, from, sizeof(float) * static_cast<size_t>(count));
+  return load(lanes);
+}
+
+EDGE_INLINE void store_part(float* to, Float value, int count) {
+  float lanes[kLanes];
+  store(lanes, value);
+  std::memcpy(to, lanes, sizeof(float) * static_cast<size_t>(count));
+}
+
+// Subtracting 0 changes no value, not even -0, so the compiler is left with the broadcast alone.
+EDGE_INLINE Float splat(float value) { return value - Float{}; }
+EDGE_INLINE Int splat(int32_t value) { return value - Int{}; }
+
+EDGE_INLINE Float to_float(Int value) { return __builtin_convertvector(value, Float); }
+EDGE_INLINE Int to_int(Float value) { return __builtin_convertvector(value, Int); }
+EDGE_INLINE Float max(Float a, Float b) { return a > b ? a : b; }
+EDGE_INLINE Float min(Float a, Float b) { return a < b ? a : b; }
+
+EDGE_INLINE float sum(Float value) {
+  float lanes[kLanes];
+  store(lanes, value);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+
+// Bytes to floats, one a lane.
+EDGE_INLINE Float from_bytes(const uint8_t* from) {
+  using Bytes = uint8_t __attribute__((vector_size(kLanes)));
+  return to_float(__builtin_convertvector(load<Bytes>(from), Int));
+}
+
+// IEEE half precision to floats.
+EDGE_INLINE Float from_halves(const uint16_t* from) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Float>(_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Float>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#elif defined(__ARM_NEON)
+  return reinterpret_cast<Float>(vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from))));
+#else
+#error "no conversion from half precision for this target"
+#endif
+}
+
+// Lane by lane the sum of four products of a code (unsigned byte) and an activation (signed byte), added to `total`.
+// With signed dot products alone, codes of 8 bits count as code - kSignedOffset; see dot_offset.
+#if defined(__AVX512VNNI__)
+template <int kBits>
+EDGE_INLINE Int dot4(Int total, Word codes, Int activations) {
+  return reinterpret_cast<Int>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(total), reinterpret_cast<__m512i>(codes),
+                                                   reinterpret_cast<__m512i>(activations)));
+}
+#elif defined(__AVX512F__)
+#error "the AVX-512 variant needs VNNI: build for AVX2 instead"
+#elif defined(__AVXVNNI__)
+template <int kBits>
+EDGE_INLINE Int dot4(Int total, Word codes, Int activations) {
+  return reinterpret_cast<Int>(_mm256_dpbusd_avx_epi32(
+      reinterpret_cast<__m256i>(total), reinterpret_cast<__m256i>(codes), reinterpret_cast<__m256i>(activations)));
+}
+#elif defined(__AVX2__)
+template <int kBits>
+EDGE_INLINE Int dot4(Int total, Word codes, Int activations) {
+  const __m256i x = reinterpret_cast<__m256i>(activations);
+  const auto pairs = [x](Word part) { return _mm256_maddubs_epi16(reinterpret_cast<__m256i>(part), x); };
+  const auto fours = [](__m256i sums, int16_t weight) {
+    return reinterpret_cast<Int>(_mm256_madd_epi16(sums, _mm256_set1_epi16(weight)));
+  };
+  if (kBits < 8) return total + fours(pairs(codes), 1);
+  // Pairs of full bytes would saturate at 16 bits; pairs of half bytes cannot.
+  return total + fours(pairs(codes & 0x0f0f0f0fu), 1) + fours(pairs((codes >> 4) & 0x0f0f0f0fu), 16);
+}
+#elif defined(__ARM_FEATURE_MATMUL_INT8)
+template <int kBits>
+EDGE_INLINE Int dot4(Int total, Word codes, Int activations) {
+  return reinterpret_cast<Int>(vusdotq_s32(reinterpret_cast<int32x4_t>(total), reinterpret_cast<uint8x16_t>(codes),
+                                           reinterpret_cast<int8x16_t>(activations)));
+}
+#elif defined(__ARM_NEON)
+#define EDGE_SIGNED_DOT 1
+template <int kBits>
+EDGE_INLINE Int dot4(Int total, Word codes, Int activations) {
+  if (kBits == 8) codes ^= 0x80808080u;
+  const int8x16_t a = reinterpret_cast<int8x16_t>(codes), b = reinterpret_cast<int8x16_t>(activations);
+#if defined(__ARM_FEATURE_DOTPROD)
+  return reinterpret_cast<Int>(vdotq_s32(reinterpret_cast<int32x4_t>(total), a, b));
+#else
+  const int32x4_t low = vpaddlq_s16(vmull_s8(vget_low_s8(a), vget_low_s8(b)));
+  const int32x4_t high = vpaddlq_s16(vmull_high_s8(a, b));
+  return total + reinterpret_cast<Int>(vpaddq_s32(low, high));
+#endif
+}
+#else
+#error "no integer dot product for this target"
+#endif
+
+template <int kBits>
+constexpr int dot_offset() {
+#ifdef EDGE_SIGNED_DOT
+  return kBits == 8 ? 128 : 0;
+#else
+  return 0;
+#endif
+}
+
+}  // namespace edge
