@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ import onnx_ir as ir
 import torch
 from torch.export import ExportedProgram
 
-from exporters import onnx_weights, ops
+from exporters import onnx_observation, onnx_weights, ops
 from exporters.backends import Job
 from exporters.external_data import WeightFile
 from exporters.inheritance import StoredMatrix
@@ -103,6 +103,12 @@ class OnnxExporter:
     def read_matrices(self, folder: Path, artifact: Artifact, program: Program) -> Mapping[str, StoredMatrix]:
         """See Exporter."""
         return onnx_weights.read_matrices(folder / artifact.model, program.inherited)
+
+    def observe(
+        self, folder: Path, artifact: Artifact, program: Program, nodes: Sequence[str], out: Path
+    ) -> tuple[Artifact, Mapping[str, str]]:
+        """See Exporter."""
+        return onnx_observation.observe(folder, artifact, nodes, out)
 
 
 def lower(program: Program, recipe: Form) -> ir.Model:

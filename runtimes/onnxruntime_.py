@@ -73,8 +73,11 @@ class OnnxRuntimeSession(CheckedSession):
         value = onnxruntime.OrtValue.ortvalue_from_numpy
         for state in self.artifact.states:
             self._states.append((state.input, state.output, value(np.zeros(state.shape, state.dtype))))
-        # Everything a decode step touches is bound once; new values are written into these buffers.
-        self._fixed = {spec.name: np.zeros([int(n) for n in spec.shape], spec.dtype) for spec in self.artifact.outputs}
+        # Everything a decode step touches is bound once; new values are written into these buffers. An output whose
+        # size is free, as an observed one's, is allocated by the runtime in every run.
+        sized = [spec for spec in self.artifact.outputs if all(isinstance(size, int) for size in spec.shape)]
+        self._fixed = {spec.name: np.zeros([int(n) for n in spec.shape], spec.dtype) for spec in sized}
+        self._free = [spec.name for spec in self.artifact.outputs if spec.name not in self._fixed]
         self._token = np.zeros((1, 1), np.int32)
         assert self._last is not None  # every artifact with states takes "last"
         self._decode = self._binding({"ids": self._token, "last": self._last})
@@ -85,6 +88,8 @@ class OnnxRuntimeSession(CheckedSession):
             binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         for name, array in self._fixed.items():
             binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        for name in self._free:
+            binding.bind_output(name)
         for source, target, value in self._states:
             binding.bind_ortvalue_input(source, value)
             binding.bind_ortvalue_output(target, value)
@@ -106,7 +111,11 @@ class OnnxRuntimeSession(CheckedSession):
             raise _fault(error, self._where, loading=False) from error
         if self.timing:
             self.last_run_seconds = time.perf_counter() - start
-        return self._fixed
+        if not self._free:
+            return self._fixed
+        # In the order in which they were bound.
+        allocated = binding.get_outputs()[len(self._fixed) :]
+        return self._fixed | {name: value.numpy() for name, value in zip(self._free, allocated, strict=False)}
 
     def _stateless(self, feeds: dict[str, Array]) -> dict[str, Array]:
         start = time.perf_counter() if self.timing else 0.0

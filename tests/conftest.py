@@ -43,6 +43,12 @@ def tiny_bundle(tiny_student: Path, make_tiny_student: MakeStudent, tmp_path_fac
 
     output = tmp_path_factory.mktemp("bundle") / "tiny"
     request = Request(
-        load_profile("host"), tiny_student, make_tiny_student(variant="float"), output, bench=False, allow_failed=True
+        load_profile("host"),
+        tiny_student,
+        make_tiny_student(variant="float"),
+        output,
+        ("onnx",),
+        bench=False,
+        allow_failed=True,
     )
     return build(request)[0].folder
