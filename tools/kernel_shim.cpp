@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "edge_kernels.h"
+#include "simd.h"
 
 using namespace edge;
 
@@ -48,8 +49,24 @@ struct Call {
 
 using Kernel = void (*)(const Call&);
 
+// How many multiply-adds one thread can do: chains enough to hide the latency, nothing read or written. The count of
+// them goes to the first buffer.
+void multiply_adds(const Call& c) {
+  constexpr int kChains = 12;
+  Float total[kChains];
+  for (int i = 0; i < kChains; ++i) total[i] = splat(static_cast<float>(i));
+  const Float factor = splat(0.5f);
+  for (int64_t n = 0; n < c.ints[0]; ++n)
+    for (int i = 0; i < kChains; ++i) total[i] = total[i] * factor + 1.0f;
+  volatile float sink = 0;
+  for (int i = 0; i < kChains; ++i) sink = sum(total[i]);
+  static_cast<void>(sink);
+  *c.at<int64_t>(0) = c.ints[0] * kChains * kLanes;
+}
+
 const std::map<std::string, Kernel>& kernels() {
   static const std::map<std::string, Kernel> table = {
+      {"multiply_adds", multiply_adds},
       {"quantized_linear",
        [](const Call& c) {
          quantized_linear(c.f(0), c.weight(1, 0), c.f(4), c.f(5), c.n(4), static_cast<Accuracy>(c.n(5)), c.task,

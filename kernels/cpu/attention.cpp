@@ -11,7 +11,7 @@
 #include "tasks.h"
 #include "vector_math.h"
 
-namespace edge {
+namespace edge __attribute__((visibility("hidden"))) {
 namespace {
 
 // Queries of a unit of work: keys are turned once for each.

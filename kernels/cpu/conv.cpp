@@ -12,7 +12,7 @@
 #include "tasks.h"
 #include "vector_math.h"
 
-namespace edge {
+namespace edge __attribute__((visibility("hidden"))) {
 namespace {
 
 // Register tile: vectors of positions x output channels, 24 of 32 or 12 of 16 registers.

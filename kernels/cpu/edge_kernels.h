@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-namespace edge {
+namespace edge __attribute__((visibility("hidden"))) {
 
 // Rows of a weight matrix are stored in panels of this many, padded with zeros.
 constexpr int kPanel = 16;

@@ -5,7 +5,7 @@
 #include "tasks.h"
 #include "vector_math.h"
 
-namespace edge {
+namespace edge __attribute__((visibility("hidden"))) {
 namespace {
 
 // body(i, count) for whole vectors of [0, count), then once for the rest.

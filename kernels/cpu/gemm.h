@@ -6,7 +6,7 @@
 #include "edge_kernels.h"
 #include "simd.h"
 
-namespace edge {
+namespace edge __attribute__((visibility("hidden"))) {
 
 // Vectors that make a panel.
 constexpr int kParts = kPanel / kLanes;

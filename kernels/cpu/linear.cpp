@@ -3,7 +3,7 @@
 #include "scratch.h"
 #include "tasks.h"
 
-namespace edge {
+namespace edge __attribute__((visibility("hidden"))) {
 namespace {
 
 // Rows of x from which on the register tile beats the vector product.

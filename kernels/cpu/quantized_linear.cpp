@@ -9,7 +9,7 @@
 #include "scratch.h"
 #include "tasks.h"
 
-namespace edge {
+namespace edge __attribute__((visibility("hidden"))) {
 namespace {
 
 // Rows of x up to which codes are decoded in registers for each; above, panels are dequantised to a buffer.

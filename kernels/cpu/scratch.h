@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <new>
 
-namespace edge {
+namespace edge __attribute__((visibility("hidden"))) {
 
 constexpr std::align_val_t kCacheLine{64};
 

@@ -14,7 +14,7 @@
 #include <arm_neon.h>
 #endif
 
-namespace edge {
+namespace edge __attribute__((visibility("hidden"))) {
 
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;

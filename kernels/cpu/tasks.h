@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-namespace edge {
+namespace edge __attribute__((visibility("hidden"))) {
 
 struct Range {
   int64_t begin, end;

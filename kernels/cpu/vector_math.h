@@ -7,7 +7,7 @@
 #include "edge_kernels.h"
 #include "simd.h"
 
-namespace edge {
+namespace edge __attribute__((visibility("hidden"))) {
 
 // Adding and subtracting this rounds to the nearest integer, which the low mantissa bits of the sum then hold.
 constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23
