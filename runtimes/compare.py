@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from runtimes.bundle import Bundle, Modality
-from runtimes.gates import HIGHER_IS_BETTER, noise_share
+from runtimes.gates import noise_share
 from runtimes.golden import LmGolden, SignalCase, load_cases, load_lm
 from runtimes.metrics import (
+    HIGHER_IS_BETTER,
     Array,
     TopAgreement,
     flip_margins,

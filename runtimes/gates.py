@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from runtimes.metrics import HIGHER_IS_BETTER
 from runtimes.report import Result, Status
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 EXPORT, LOSS, INHERITANCE = "export", "quantisation-loss", "inheritance"
 #: form of convolutions that the build quantised itself; its gate has the form's name
 INT8 = "int8"
-HIGHER_IS_BETTER = {"same_top", "psnr", "ssim", "si_snr", "snr", "codes_equal", "identical"}
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import numpy as np
 from runtimes.output import EmptyOutput
 
 Array = np.ndarray[Any, Any]
+HIGHER_IS_BETTER = {"same_top", "psnr", "ssim", "si_snr", "snr", "codes_equal", "identical"}
 # Ratios are capped here: equal signals would give infinity, which JSON cannot hold. float64 itself ends near 310 dB.
 MAX_DB = 200.0
 

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from runtimes.errors import Fault
 from runtimes.files import storage_errors, write_durably
+from runtimes.matrix import parity_matrix
 
 SCHEMA = 1
 REPORT_JSON, REPORT_MD = "report.json", "report.md"
@@ -156,7 +157,8 @@ def number(value: float | None) -> str:
 
 def markdown(report: Report) -> str:
     """report.md: the tables and the environment."""
-    parts = ["# Report\n", _table(RESULT_COLUMNS, [result_cells(row) for row in report.results])]
+    parts = ["# Report\n", "## All backends\n", parity_matrix({"this device": report.results}), "\n## Gates\n"]
+    parts.append(_table(RESULT_COLUMNS, [result_cells(row) for row in report.results]))
     if report.latency:
         parts += ["\n## Latency\n", _table(LATENCY_COLUMNS, [latency_cells(row) for row in report.latency])]
     if report.environment:

@@ -22,11 +22,14 @@ from device_profiles.schema import FORMS
 from exporters.backends import EXPORTERS
 from exporters.reference import DATA
 from runtimes.bundle import load_bundle
+from runtimes.matrix import parity_matrix
 from runtimes.report import read_report
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 MEASUREMENTS = Path(__file__).parent / "measurements"
+#: Whose bundles show every backend once: this machine, and what only stands in for a device here.
+PARITY_PROFILES = ("host", "iphone-16-pro", "raspberry-pi-5")
 #: From the worst down: a cell shows the worst status of its backend's gates.
 ORDER = ("failed", "pending-device", "proxy", "passed")
 
@@ -55,6 +58,25 @@ def _cell(profile: Profile, backend: str, found: Mapping[str, set[str]]) -> str:
         return "not built yet"
     seen = found.get(backend, set())
     return next((status for status in ORDER if status in seen), "not run")
+
+
+def parity_table(bundles: Iterable[Path]) -> str:
+    """Every backend of the reference student, over the bundles in PARITY_PROFILES."""
+    loaded = {bundle.profile["name"]: bundle for bundle in map(load_bundle, bundles)}
+    reports = {name: read_report(loaded[name].folder).results for name in PARITY_PROFILES if name in loaded}
+    return parity_matrix(reports)
+
+
+def backends_table(measured: Mapping[str, Any]) -> str:
+    """Median times of every backend on one machine, in one interleaved run, and the ratio to ONNX Runtime."""
+    lines = [("task", "artifact", "median", "of ONNX Runtime's time")]
+    for task, row in measured["median_seconds"].items():
+        base = row.get(measured["base"])
+        for name, seconds in row.items():
+            ratio = "" if base is None else f"{seconds / base:.2f}"
+            lines.append((task, f"`{name}`", f"{1e3 * seconds:.3f} ms", ratio))
+    source = f"{measured['student']}, {measured['machine']}, {measured['date']}: `{measured['command']}`"
+    return f"{_markdown(lines)}\n\n{source}"
 
 
 def speed_table(measured: Mapping[str, Any]) -> str:
@@ -108,6 +130,7 @@ def main() -> int:
     tables = recorded_tables()
     if options.bundles:
         tables["support"] = support_table(options.bundles)
+        tables["parity"] = parity_table(options.bundles)
     text = README.read_text()
     filled = fill(text, tables)
     if options.check:
@@ -121,6 +144,8 @@ def recorded_tables() -> dict[str, str]:
     tables = {}
     if (MEASUREMENTS / "peers.json").is_file():
         tables["speed"] = speed_table(json.loads((MEASUREMENTS / "peers.json").read_text()))
+    if (MEASUREMENTS / "backends.json").is_file():
+        tables["backends"] = backends_table(json.loads((MEASUREMENTS / "backends.json").read_text()))
     if (quality := DATA / "shared" / "quality.json").is_file():
         tables["quality"] = quality_table(json.loads(quality.read_text()))
     return tables
