@@ -27,7 +27,7 @@ Feeds = Mapping[str, np.ndarray]
 #: backend -> (module, class, what `pip install '.[EXTRA]'` brings it)
 EXPORTERS: Mapping[str, tuple[str, str, str]] = {
     "onnx": ("exporters.onnx_", "OnnxExporter", "onnx"),
-    # "openvino": ("exporters.openvino_", "OpenVinoExporter", "openvino"),
+    "openvino": ("exporters.openvino_", "OpenVinoExporter", "openvino"),
     # "tvm": ("exporters.tvm_", "TvmExporter", "tvm"),
     # "coreml": ("exporters.coreml_", "CoreMlExporter", "coreml"),
 }

@@ -1,0 +1,114 @@
+"""The OpenVINO backend: Program to ``.xml`` and ``.bin``, read by OpenVINO's own reader of exported programs.
+
+Forms:
+    ir/exact    float32 everywhere; the session pins the plugin's precision
+    ir/fast     the same files, with what the plugin does by itself: bfloat16, int8 activations, an int8 KV cache
+    ir/fp16     float weights stored as float16
+    int8/fast   a discretizer's decoder with its convolutions quantised after training (exporters/openvino_int8.py)
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import openvino as ov
+
+from exporters.backends import Job, Kind
+from exporters.inheritance import StoredMatrix
+from exporters.openvino_convert import Unreadable, convert, read
+from exporters.openvino_weights import read_matrices
+from exporters.ops.openvino import CODE_TYPES
+from exporters.program import Program
+from exporters.traffic import bytes_per_token, stored_precision
+from runtimes.bundle import Artifact
+
+if TYPE_CHECKING:
+    from device_profiles import Profile
+
+#: What the runtime on the device must be: an IR is read by its own release and later ones, but proven with this one.
+RELEASE = ".".join(ov.__version__.split(".")[:2])
+
+
+class OpenVinoExporter:
+    """Exporter protocol for OpenVINO."""
+
+    name = "openvino"
+
+    def forms(self, program: Program) -> tuple[Kind, ...]:
+        """See Exporter."""
+        exact, fast, half = ("ir", "exact"), ("ir", "fast"), ("ir", "fp16")
+        if program.entry == "lm":
+            return exact, fast, half
+        return exact, half
+
+    def unsupported(self, program: Program, profile: Profile, kind: Kind) -> list[str]:
+        """See Exporter. The whole graph is read, without weights."""
+        reasons = [
+            f"{program.entry}: matrix {name} has {matrix.bits} bits, OpenVINO holds {', '.join(map(str, CODE_TYPES))}"
+            for name, matrix in program.inherited.items()
+            if matrix.bits not in CODE_TYPES
+        ]
+        try:
+            read(program)
+        except Unreadable as error:
+            reasons += [f"{program.entry}: {sentence}" for sentence in error.nodes]
+        return reasons
+
+    def export(self, job: Job) -> tuple[Artifact, ...]:
+        """Writes openvino/<entry>.<form>.xml and .bin; the exact and the fast mode share theirs."""
+        folder = job.out / self.name
+        folder.mkdir(parents=True, exist_ok=True)
+        model = convert(job.program, job.progress)
+        written: dict[str, Path] = {}
+        artifacts = []
+        for form, mode in job.kinds:
+            half = mode == "fp16"
+            stem = f"{job.program.entry}.{'fp16' if half else form}"
+            if stem not in written:
+                written[stem] = folder / f"{stem}.xml"
+                ov.save_model(model, written[stem], compress_to_fp16=half)
+            artifacts.append(_artifact(job, (form, mode), written[stem]))
+        return tuple(artifacts)
+
+    def read_matrices(self, folder: Path, artifact: Artifact, program: Program) -> Mapping[str, StoredMatrix]:
+        """See Exporter."""
+        return read_matrices(folder / artifact.model)
+
+    def observe(
+        self, folder: Path, artifact: Artifact, program: Program, nodes: Sequence[str], out: Path
+    ) -> tuple[Artifact, Mapping[str, str]]:
+        """See Exporter."""
+        raise NotImplementedError
+
+
+def _artifact(job: Job, kind: Kind, path: Path) -> Artifact:
+    program, (form, mode) = job.program, kind
+    files = tuple(file.relative_to(job.out).as_posix() for file in (path, path.with_suffix(".bin")))
+    operators = Counter(node.get_type_name() for node in ov.Core().read_model(path).get_ops())
+    return Artifact(
+        component=program.entry,
+        backend=OpenVinoExporter.name,
+        form=form,
+        mode=mode,
+        model=files[0],
+        files=files,
+        inputs=program.inputs,
+        outputs=program.outputs,
+        states=program.states,
+        precision=_precision(program, kind),
+        bytes_per_token=bytes_per_token(program),
+        operators=dict(sorted(operators.items())),
+        preferred=False,
+        runtime={"openvino": RELEASE},
+        options={"device": "CPU"},
+    )
+
+
+def _precision(program: Program, kind: Kind) -> dict[str, str]:
+    weights = stored_precision(program)
+    if kind[1] == "fp16":
+        return {"weights": weights.replace("float32", "float16"), "activations": "float16"}
+    return {"weights": weights, "activations": "float32" if kind[1] == "exact" else "the plugin's choice"}

@@ -1,0 +1,100 @@
+"""Quantised matrices in an OpenVINO model: how they are written, and how they are read back.
+
+    Constant u4 [N, nb, G] -> Convert -> Subtract(Convert(Constant u4 [N, nb, 1])) -> Multiply(Constant f32 [N, nb, 1])
+    -> Reshape [N, nb*G] -> MatMul or Gather
+
+The plugins keep this form compressed: codes are read as they are stored and dequantised inside the product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import openvino.opset15 as op
+
+from exporters.blocks import pack_bits, unpack_bits
+from exporters.inheritance import StoredMatrix
+from exporters.ops.openvino import CODE_TYPES
+
+CODES = ".codes"
+
+
+def dequantised(load: Callable[[str], np.ndarray], codes: str, scales: str, zeros: str | None, bits: int) -> ov.Output:
+    """float32 [N, nb*G] of the constants of those names, which the nodes carry on.
+
+    Args:
+        load: name -> values, in the layout of ``edge::quantized_linear``.
+        zeros: None for a symmetric matrix: every zero point is 2^(bits-1).
+    """
+    packed = load(codes)
+    rows, blocks, width = packed.shape
+    block = 8 * width // bits
+    stored = _typed(packed, (rows, blocks, block), bits, codes)
+    if zeros is None:
+        middle = pack_bits(np.full((1, 1), 2 ** (bits - 1), np.uint8), bits)
+        points = _typed(middle, (1, 1, 1), bits, codes.replace(CODES, ".zeros"))
+    else:  # rows of packed zero points end in padding, the elements of a constant do not
+        each = unpack_bits(load(zeros), bits, blocks)
+        points = _typed(pack_bits(each.reshape(1, -1), bits), (rows, blocks, 1), bits, zeros)
+    scale = op.constant(load(scales).reshape(rows, blocks, 1))
+    scale.set_friendly_name(scales)
+    centred = op.subtract(op.convert(stored, "f32"), op.convert(points, "f32"))
+    return op.reshape(op.multiply(centred, scale), op.constant(np.array([rows, blocks * block])), False).output(0)
+
+
+def _typed(packed: np.ndarray, shape: tuple[int, ...], bits: int, name: str) -> Any:
+    """A constant whose elements have 2, 4 or 8 bits, over bytes that are packed already."""
+    data = np.ascontiguousarray(packed).reshape(-1)
+    tensor = ov.Tensor(data, ov.Shape(list(shape)), getattr(ov.Type, CODE_TYPES[bits]))
+    constant = ov.op.Constant(tensor, shared_memory=False)
+    constant.set_friendly_name(name)
+    return constant
+
+
+def read_matrices(path: Path) -> Mapping[str, StoredMatrix]:
+    """Prefix of the Program's constants -> the matrix that stands in a saved model, of those that a node reads.
+
+    One whose nodes are not in the form above is missing: what is computed is then not (code - zero point) * scale.
+    """
+    found = {}
+    for node in ov.Core().read_model(path).get_ordered_ops():
+        place = {"MatMul": 1, "Gather": 0}.get(node.get_type_name())
+        if place is not None and (matrix := _matrix(node.input_value(place).get_node())) is not None:
+            found[matrix[0]] = matrix[1]
+    return found
+
+
+def _matrix(reshape: Any) -> tuple[str, StoredMatrix] | None:
+    try:
+        product, _ = _inputs(reshape, "Reshape")
+        centred, scales = _inputs(product, "Multiply")
+        converted, points = _inputs(centred, "Subtract")
+        [codes] = _inputs(converted, "Convert")
+        [points] = _inputs(points, "Convert")
+    except ValueError:
+        return None
+    kinds = {getattr(ov.Type, name): bits for bits, name in CODE_TYPES.items()}
+    bits = kinds.get(codes.get_element_type())
+    if bits is None or any(node.get_type_name() != "Constant" for node in (codes, points, scales)):
+        return None
+    rows, blocks, block = codes.get_output_shape(0)
+    unpacked = _unpacked(codes, bits).reshape(rows, blocks * block)
+    zeros = np.broadcast_to(_unpacked(points, bits).reshape(points.get_output_shape(0)), (rows, blocks, 1))
+    values = np.array(scales.data, np.float32).reshape(rows, blocks)
+    return codes.get_friendly_name().removesuffix(CODES), StoredMatrix(unpacked, values, zeros[..., 0], bits, block)
+
+
+def _inputs(node: Any, kind: str) -> list[Any]:
+    """The nodes before one of the given kind. Raises ValueError for another kind."""
+    if node.get_type_name() != kind:
+        raise ValueError(kind)
+    return [value.get_node() for value in node.input_values()]
+
+
+def _unpacked(constant: Any, bits: int) -> np.ndarray:
+    count = int(np.prod(constant.get_output_shape(0)))
+    return unpack_bits(np.array(constant.data).view(np.uint8).reshape(1, -1), bits, count)
