@@ -28,7 +28,7 @@ Feeds = Mapping[str, np.ndarray]
 EXPORTERS: Mapping[str, tuple[str, str, str]] = {
     "onnx": ("exporters.onnx_", "OnnxExporter", "onnx"),
     "openvino": ("exporters.openvino_", "OpenVinoExporter", "openvino"),
-    # "tvm": ("exporters.tvm_", "TvmExporter", "tvm"),
+    "tvm": ("exporters.tvm_", "TvmExporter", "tvm"),
     # "coreml": ("exporters.coreml_", "CoreMlExporter", "coreml"),
 }
 

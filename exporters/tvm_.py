@@ -1,0 +1,203 @@
+"""The TVM backend: Program to one shared library a component and mode, and one file of weights a component.
+
+The library holds TVM's code and our C++ kernels (kernels/), the weights lie beside it in the layout of the kernels.
+A language model is compiled for a few fixed lengths (decode is 1), each a function of the library; the caches are
+arguments that the kernels write in place. Discretizers keep their free dimensions.
+
+    compiled/exact  float32 throughout
+    compiled/fast   quantised layers round their activations to int8
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tvm
+import tvm_ffi
+from safetensors import safe_open
+from tvm import relax
+from tvm.relax.utils import copy_with_new_vars
+
+from exporters import cpu_layout, ops
+from exporters.backends import Job, Kind
+from exporters.blocks import unpack_bits
+from exporters.inheritance import StoredMatrix
+from exporters.ops.tvm import lowerings
+from exporters.program import Program
+from exporters.traffic import bytes_per_token, stored_precision
+from exporters.tvm_import import Imported, import_program
+from exporters.tvm_kernels import kernel_objects
+from exporters.tvm_parameters import write_parameters
+from exporters.tvm_targets import CpuTarget, cpu_target, kind_of
+from runtimes.bundle import Artifact
+
+if TYPE_CHECKING:
+    from device_profiles.schema import Profile
+
+#: Lengths that a language model is compiled for, as far as its context goes: decode, then prompts.
+LENGTHS = (1, 4, 16, 64, 256)
+RUNTIME = {"apache-tvm": tvm.__version__, "apache-tvm-ffi": tvm_ffi.__version__}
+_NAMESPACES = ("aten", ops.NAMESPACE, "_operator")
+
+
+class TvmExporter:
+    """Exporter protocol for TVM."""
+
+    name = "tvm"
+
+    def forms(self, program: Program) -> tuple[Kind, ...]:
+        """See Exporter."""
+        # Without quantised weights int8 activations have nothing to multiply.
+        return (("compiled", "exact"), ("compiled", "fast")) if program.inherited else (("compiled", "exact"),)
+
+    def unsupported(self, program: Program, profile: Profile, kind: Kind) -> list[str]:
+        """See Exporter."""
+        reasons = []
+        if kind_of(profile) is None:
+            reasons.append(f"profile {profile.name} has no tvm_target")
+        for node in program.exported.graph.nodes:
+            if node.op == "call_function" and getattr(node.target, "namespace", "aten") not in _NAMESPACES:
+                reasons.append(
+                    f"{program.entry}: node {node.name} calls {node.target}, which TVM has no kernel for;"
+                    " give it a lowering in exporters/ops/tvm.py or a decomposition"
+                )
+        return reasons
+
+    def export(self, job: Job) -> tuple[Artifact, ...]:
+        """Writes tvm/<entry>.compiled.<mode>.so for each kind, and the weights once for all of them."""
+        program, target = job.program, cpu_target(job.profile)
+        folder = job.out / self.name
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = folder / f"{program.entry}.safetensors"
+        parameters, artifacts = {}, []
+        for form, mode in job.kinds:
+            functions = import_functions(program, mode == "fast")
+            library = folder / f"{program.entry}.{form}.{mode}.so"
+            operators = compile_library(functions, target, library)
+            for imported in functions.values():
+                parameters |= imported.parameters
+            files = tuple(path.relative_to(job.out).as_posix() for path in (library, weights))
+            artifacts.append(_artifact(program, form, mode, files, operators, target, functions))
+        write_parameters(weights, parameters, job.progress)
+        return tuple(artifacts)
+
+    def read_matrices(self, folder: Path, artifact: Artifact, program: Program) -> Mapping[str, StoredMatrix]:
+        """See Exporter. What a function of the library takes as an argument is what it computes with."""
+        library = tvm.runtime.load_module(str(folder / artifact.model))
+        taken = set().union(*(function_arguments(library, name) for name in artifact.options["functions"].values()))
+        found = {}
+        with safe_open(folder / artifact.options["parameters"], "numpy") as file:
+            held = taken & set(file.keys())
+            for prefix, layout in program.inherited.items():
+                names = [f"{prefix}.{part}:panels" for part in ("codes", "scales", "zeros")]
+                codes, scales, zeros = (file.get_tensor(n) if n in held else None for n in names)
+                if codes is None or scales is None:
+                    continue
+                rows = sum(layout.rows)
+                packed = cpu_layout.PackedWeight(codes, scales, zeros)
+                blocks, values, points = cpu_layout.unpack_quantized(packed, layout.bits, rows)
+                count = values.shape[1]
+                found[prefix] = StoredMatrix(
+                    unpack_bits(blocks.reshape(rows, -1), layout.bits, count * layout.block),
+                    values,
+                    None if points is None else unpack_bits(points, layout.bits, count),
+                    layout.bits,
+                    layout.block,
+                )
+        return found
+
+
+def import_functions(program: Program, fast: bool) -> dict[str, Imported]:
+    """Name of a function of the library -> what it computes: one per length of a language model, else one."""
+    kernels = lowerings()
+    references = {op.overload: op.reference for op in ops.REGISTRY.values() if op.overload not in kernels}
+    imported = import_program(program, kernels, references, fast=fast)
+    if not program.states:
+        return {"run": imported}
+    capacity = program.states[0].shape[2]
+    symbols = relax.analysis.defined_symbolic_vars(imported.function)
+    return {
+        f"run_{length}": replace(
+            imported,
+            # A variable may stand in one function only.
+            function=copy_with_new_vars(imported.function.bind_symbolic_vars(dict.fromkeys(symbols, length))),
+        )
+        for length in LENGTHS
+        if length <= capacity
+    }
+
+
+def compile_library(functions: Mapping[str, Imported], target: CpuTarget, path: Path) -> dict[str, int]:
+    """Writes the library; how often each operator is called, by one function."""
+    module = tvm.IRModule({name: f.function.with_attr("global_symbol", name) for name, f in functions.items()})
+    device = tvm.target.Target(dict(target.tvm))
+    with tvm.transform.PassContext(opt_level=3):
+        built = tvm.compile(module, device, relax_pipeline=relax.pipeline.get_default_pipeline(device))
+    built.export_library(
+        str(path),
+        fcompile=tvm.support.cc.cross_compiler(target.compiler),
+        addons=[str(file) for file in kernel_objects(target)],
+        options=["-s", "-Wl,--gc-sections"],
+    )
+    return _calls(next(iter(functions.values())).function)
+
+
+def _calls(function: relax.Function) -> dict[str, int]:
+    found: Counter[str] = Counter()
+
+    def visit(node: Any) -> None:
+        if isinstance(node, tvm.ir.Call) and isinstance(node.op, tvm.ir.Op):
+            is_kernel = node.op.name == "relax.call_dps_packed"
+            found[node.args[0].global_symbol if is_kernel else node.op.name] += 1
+
+    relax.analysis.post_order_visit(function.body, visit)
+    return dict(sorted(found.items()))
+
+
+def function_arguments(library: Any, name: str) -> list[str]:
+    """Names of what a function of a compiled library takes, in order."""
+    executable = library["vm_load_executable"]()
+    count = executable["get_function_arity"](name)
+    return [executable["get_function_param_name"](name, index) for index in range(count)]
+
+
+def _artifact(
+    program: Program,
+    form: str,
+    mode: str,
+    files: tuple[str, str],
+    operators: Mapping[str, int],
+    target: CpuTarget,
+    functions: Mapping[str, Imported],
+) -> Artifact:
+    lengths = {name.removeprefix("run").removeprefix("_"): name for name in functions}
+    return Artifact(
+        component=program.entry,
+        backend=TvmExporter.name,
+        form=form,
+        mode=mode,
+        model=files[0],
+        files=files,
+        inputs=program.inputs,
+        outputs=program.outputs,
+        states=program.states,
+        precision={
+            "weights": stored_precision(program),
+            "activations": "int8 per block" if mode == "fast" else "float32",
+        },
+        bytes_per_token=bytes_per_token(program),
+        operators=operators,
+        preferred=False,
+        runtime=RUNTIME,
+        options={
+            "arch": target.arch,
+            "isa": list(target.variant.isa),
+            "kernels": target.variant.name,
+            "parameters": files[1],
+            "functions": lengths,
+        },
+    )

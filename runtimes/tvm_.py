@@ -1,0 +1,178 @@
+"""TVM session: a compiled library with our kernels inside, run by relax's virtual machine on this machine's CPU.
+
+Everything that a step takes (weights, KV cache, token buffers) is bound to the compiled functions once; kernels write
+the cache in place. A prompt runs on the compiled lengths (runtimes/buckets.py).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from runtimes.buckets import History
+from runtimes.errors import Fault
+from runtimes.host import usable_cores
+from runtimes.session import Array, CheckedSession, Limits, OutOfDeviceMemory, limits_of
+from runtimes.tvm_files import ALIGNMENT, aligned, check_machine, read_parameters
+
+if TYPE_CHECKING:
+    from runtimes.bundle import Artifact, Bundle
+
+# TVM's mode of its thread pool that takes the fastest cores.
+_BIG_CORES = 1
+# Thread -> how many threads its pool has.
+_POOL: dict[int, int] = {}
+
+
+class BrokenLibrary(Fault):
+    """The compiled library, or its file of weights, is not what the artifact says."""
+
+
+class TvmSession(CheckedSession):
+    """One compiled library. Use `open`; the arguments are those of CheckedSession and what `open` loaded."""
+
+    def __init__(
+        self, loaded: Loaded, artifact: Artifact, limits: Limits, *, threads: int | None = None, timing: bool = False
+    ) -> None:
+        super().__init__(artifact, limits, timing=timing)
+        self._loaded: Loaded | None = loaded
+        self._threads = threads or usable_cores()
+        self.effective = loaded.effective
+        self._names = [spec.name for spec in artifact.outputs]
+        self._bound: dict[int, tuple[Array, Any]] = {}
+        if artifact.states:
+            self._history = History(limits.capacity)
+            self._bind_states()
+
+    @classmethod
+    def open(cls, bundle: Bundle, artifact: Artifact, *, threads: int | None = None, timing: bool = False) -> Self:
+        """Loads the library and maps the weights. `threads` None uses every core that this process may run on.
+
+        Raises WrongMachine for the code of another processor, BackendUnavailable for that of another device,
+        BrokenLibrary.
+        """
+        check_machine(artifact)
+        return cls(Loaded(bundle, artifact), artifact, limits_of(bundle, artifact), threads=threads, timing=timing)
+
+    def _bind_states(self) -> None:
+        loaded = self._loaded
+        assert loaded is not None and self._last is not None  # every artifact with states takes "last"
+        self._last_given = aligned((1,), "int32")
+        self._states = {s.input: aligned(s.shape, s.dtype) for s in self.artifact.states}
+        for length, function in self.artifact.options["functions"].items():
+            ids = aligned((1, int(length)), "int32")
+            feeds = {"ids": ids, "last": self._last_given, **self._states}
+            self._bound[int(length)] = ids, loaded.bind(function, feeds)
+
+    def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:
+        start = time.perf_counter() if self.timing else 0.0
+        assert self._loaded is not None  # CheckedSession lets nothing in after close
+        self._loaded.use_threads(self._threads)
+        try:
+            results = self._steps(feeds) if self._bound else self._whole(feeds)
+        except Exception as error:
+            raise _fault(error, self._where) from error
+        if self.timing:
+            self.last_run_seconds = time.perf_counter() - start
+        return {name: np.from_dlpack(value) for name, value in zip(self._names, results, strict=False)}
+
+    def _steps(self, feeds: dict[str, Array]) -> Any:
+        results = None
+        for ids, last in self._history.runs(feeds["ids"], self.position, list(self._bound)):
+            given, run = self._bound[ids.shape[1]]
+            given[:] = ids
+            self._last_given[0] = last
+            results = run()
+        return results
+
+    def _whole(self, feeds: dict[str, Array]) -> Any:
+        assert self._loaded is not None
+        return self._loaded.call("run", feeds)
+
+    def _reset(self) -> None:
+        """Nothing to clear: slots beyond the position are never read, and a position's slot is written before use."""
+
+    def _close(self) -> None:
+        self._loaded = None
+        self._bound.clear()
+
+
+class Loaded:
+    """A library in TVM's virtual machine, with its weights."""
+
+    def __init__(self, bundle: Bundle, artifact: Artifact) -> None:
+        import tvm
+
+        where = f"{artifact.component} ({artifact.label})"
+        path = bundle.file(artifact.model)
+        self._weights = {
+            name: tvm.runtime.from_dlpack(values)
+            for name, values in read_parameters(bundle.file(artifact.options["parameters"])).items()
+        }
+        try:
+            self.library = tvm.runtime.load_module(str(path))
+            self._machine = tvm.relax.VirtualMachine(self.library, tvm.cpu())
+        except Exception as error:
+            raise BrokenLibrary(f"TVM cannot load it: {error}", str(path), "Fetch or build the bundle again") from error
+        self._where = where
+        self._arguments = {name: self._names_of(name) for name in artifact.options["functions"].values()}
+        self._check_weights(artifact)
+        self._configure = tvm.get_global_func("runtime.config_threadpool")
+        variant = str(self.library.get_function("edge_variant", query_imports=True)())
+        self.effective = {"kernels": variant, "activations": artifact.precision["activations"]}
+
+    def _names_of(self, function: str) -> list[str]:
+        executable = self.library["vm_load_executable"]()
+        count = executable["get_function_arity"](function)
+        return [executable["get_function_param_name"](function, index) for index in range(count)]
+
+    def _check_weights(self, artifact: Artifact) -> None:
+        given = {spec.name for spec in artifact.inputs} | {state.input for state in artifact.states}
+        missing = sorted({n for names in self._arguments.values() for n in names} - given - set(self._weights))
+        if missing:
+            raise BrokenLibrary(
+                f"{missing[0]!r} is not among the weights ({len(missing)} missing)",
+                artifact.options["parameters"],
+                "Fetch or build the bundle again",
+            )
+
+    def bind(self, function: str, feeds: Mapping[str, Array]) -> Any:
+        """A callable without arguments: `function` on these very arrays, which the caller may change."""
+        self._machine.save_function(function, f"{function} bound", *self._arguments_from(function, feeds))
+        return self._machine[f"{function} bound"]
+
+    def call(self, function: str, feeds: Mapping[str, Array]) -> Any:
+        """One call on arrays of any place in memory."""
+        return self._machine[function](*self._arguments_from(function, feeds))
+
+    def _arguments_from(self, function: str, feeds: Mapping[str, Array]) -> list[Any]:
+        import tvm
+
+        given = {name: tvm.runtime.from_dlpack(_on_line(values)) for name, values in feeds.items()}
+        return [given[name] if name in given else self._weights[name] for name in self._arguments[function]]
+
+    def use_threads(self, count: int) -> None:
+        """Sets the size of TVM's thread pool, which belongs to the calling thread."""
+        if _POOL.get(threading.get_ident()) != count:
+            self._configure(_BIG_CORES, count)
+            _POOL[threading.get_ident()] = count
+
+
+def _on_line(values: Array) -> Array:
+    """The array itself where it begins on a cache line, as TVM's own code needs it, else a copy that does."""
+    if values.ctypes.data % ALIGNMENT == 0 and values.flags.writeable:
+        return values
+    copy = aligned(values.shape, values.dtype)
+    copy[:] = values
+    return copy
+
+
+def _fault(error: Exception, where: str) -> Exception:
+    text = str(error)
+    if isinstance(error, MemoryError) or "bad_alloc" in text or "Out of memory" in text:
+        return OutOfDeviceMemory(text, where, "Use a shorter context or a smaller batch")
+    return Fault(text, where)
