@@ -7,6 +7,7 @@
 // convolution is one such sum for each phase of the output. What the caller wants done to the input (a norm's factors,
 // an activation, doubling) happens as it is copied, what is wanted of the output as it is stored.
 #include <algorithm>
+#include <type_traits>
 
 #include "scratch.h"
 #include "tasks.h"
@@ -67,13 +68,14 @@ template <int kRows>
 void sum_rows(Patch patch, int channels, const Tap* taps, int count, const float* weight, int64_t weight_plane,
               float* out, int64_t out_plane, int64_t positions) {
   int64_t p = 0;
-  for (; p + kStep - kLanes < positions; p += kStep) {
-    sum_tile<kRows, kVectors>({patch.data + p, patch.plane}, channels, taps, count, weight, weight_plane, out + p,
-                              out_plane);
-  }
-  for (; p < positions; p += kLanes)
-    sum_tile<kRows, 1>({patch.data + p, patch.plane}, channels, taps, count, weight, weight_plane, out + p,
-                       out_plane);
+  const auto step = [&](auto wide) {
+    sum_tile<kRows, decltype(wide)::value>({patch.data + p, patch.plane}, channels, taps, count, weight, weight_plane,
+                                           out + p, out_plane);
+    p += decltype(wide)::value * kLanes;
+  };
+  while (p + kStep - kLanes < positions) step(std::integral_constant<int, kVectors>{});
+  if (p + kLanes < positions) step(std::integral_constant<int, 2>{});
+  if (p < positions) step(std::integral_constant<int, 1>{});
 }
 
 void sum_panel(const Patch& patch, int channels, const Tap* taps, int count, const float* weight,
@@ -90,28 +92,28 @@ void sum_panel(const Patch& patch, int channels, const Tap* taps, int count, con
 
 // --- in -------------------------------------------------------------------------------------------------------------
 
-// Columns [begin, begin + count) of a row of `width` with the change applied, zeros beyond both ends.
-void read_row(const float* row, int width, int64_t begin, int64_t count, float scale, float shift, Activation before,
-              bool changed, float* to) {
+// What becomes of a channel's values on the way in.
+struct Change {
+  float scale, shift;
+  bool any;  // else they are copied as they are
+};
+
+// Columns [begin, begin + count) of a row of `width`, zeros beyond both ends.
+template <Activation kBefore>
+void read_row(const float* row, int width, int64_t begin, int64_t count, const Change& change, float* to) {
   const int64_t left = std::clamp<int64_t>(-begin, 0, count);
   const int64_t right = std::clamp<int64_t>(width - begin, left, count);
-  std::fill(to, to + left, 0.0f);
+  each_vector(left, [&](int64_t i, int there) { store_up_to(to + i, Float{}, there); });
   const float* from = row + begin + left;
-  if (changed)
-    with_activation(before, [&](auto constant) {
-      for (int64_t i = left; i < right; i += kLanes, from += kLanes) {
-        const int there = static_cast<int>(std::min<int64_t>(kLanes, right - i));
-        const Float value = there == kLanes ? load(from) : load_part(from, there);
-        const Float result = activation<decltype(constant)::value>(value * scale + shift);
-        if (there == kLanes)
-          store(to + i, result);
-        else
-          store_part(to + i, result, there);
-      }
+  if (change.any)
+    each_vector(right - left, [&](int64_t i, int there) {
+      const Float value = load_up_to(from + i, there) * change.scale + change.shift;
+      store_up_to(to + left + i, activation<kBefore>(value), there);
     });
   else
-    std::copy(from, from + (right - left), to + left);
-  std::fill(to + right, to + count, 0.0f);
+    each_vector(right - left,
+                [&](int64_t i, int there) { store_up_to(to + left + i, load_up_to(from + i, there), there); });
+  each_vector(count - right, [&](int64_t i, int there) { store_up_to(to + right + i, Float{}, there); });
 }
 
 // Columns of the input that a tile reads, and how they lie in the patch.
@@ -119,8 +121,7 @@ struct Window {
   int64_t top, left;       // first row and column of the input (after doubling), may be negative
   int64_t rows, columns;   // of a phase
   int stride_y, stride_x;  // phases
-  int64_t pitch() const { return columns; }
-  int64_t phase() const { return rows * pitch(); }
+  int64_t phase() const { return rows * columns; }
   int64_t plane() const { return phase() * stride_y * stride_x; }
 };
 
@@ -129,10 +130,12 @@ struct RowFloats;
 struct SumFloats;
 struct MergedFloats;
 struct TapList;
+struct TapCounts;
 
 // Where row y of a doubled axis comes from; rounds down for the padding above as well.
 int64_t halved(int64_t at, bool doubled) { return doubled ? at >> 1 : at; }
 
+template <Activation kBefore>
 Patch read_patch(const float* x, const ConvShape& shape, const ConvFusion& fusion, int batch, int first_channel,
                  int channels, const Window& window) {
   // Vectors of the last positions reach past the last channel's plane.
@@ -142,24 +145,22 @@ Patch read_patch(const float* x, const ConvShape& shape, const ConvFusion& fusio
   const int64_t first = halved(window.left, doubled), read = halved(window.left + span - 1, doubled) - first + 1;
   const bool direct = !doubled && window.stride_x == 1;
   float* row = scratch<RowFloats, float>(static_cast<size_t>(read));
-  const bool changed = fusion.scale || fusion.shift || fusion.before != Activation::kNone;
   const int64_t height = int64_t{shape.in_height} * (doubled_y ? 2 : 1);
   for (int c = 0; c < channels; ++c) {
     const int channel = first_channel + c;
     const int64_t factor = fusion.per_batch ? int64_t{batch} * shape.in_channels + channel : channel;
-    const float scale = fusion.scale ? fusion.scale[factor] : 1, shift = fusion.shift ? fusion.shift[factor] : 0;
+    const Change change{fusion.scale ? fusion.scale[factor] : 1, fusion.shift ? fusion.shift[factor] : 0,
+                        fusion.scale || fusion.shift || kBefore != Activation::kNone};
     const float* plane = x + (int64_t{batch} * shape.in_channels + channel) * shape.in_height * shape.in_width;
     for (int64_t i = 0; i < window.rows * window.stride_y; ++i) {
-      const int64_t y = window.top + i;
-      const int64_t phase = i % window.stride_y * window.stride_x;
-      float* to = patch + c * window.plane() + phase * window.phase() + i / window.stride_y * window.pitch();
+      const int64_t y = window.top + i, phase = i % window.stride_y * window.stride_x;
+      float* to = patch + c * window.plane() + phase * window.phase() + i / window.stride_y * window.columns;
       if (y < 0 || y >= height) {
-        for (int s = 0; s < window.stride_x; ++s)
-          std::fill_n(to + s * window.phase(), window.columns, 0.0f);
+        for (int s = 0; s < window.stride_x; ++s) std::fill_n(to + s * window.phase(), window.columns, 0.0f);
         continue;
       }
-      const float* from = plane + halved(y, doubled_y) * shape.in_width;
-      read_row(from, shape.in_width, first, read, scale, shift, fusion.before, changed, direct ? to : row);
+      read_row<kBefore>(plane + halved(y, doubled_y) * shape.in_width, shape.in_width, first, read, change,
+                        direct ? to : row);
       if (direct) continue;
       for (int s = 0; s < window.stride_x; ++s)
         for (int64_t k = 0; k < window.columns; ++k)
@@ -171,21 +172,12 @@ Patch read_patch(const float* x, const ConvShape& shape, const ConvFusion& fusio
 
 // --- out ------------------------------------------------------------------------------------------------------------
 
-void write_row(const float* sums, const float* bias, const float* residual, Activation after, float* y,
-               int64_t count) {
-  const float start = bias ? *bias : 0;
-  with_activation(after, [&](auto constant) {
-    for (int64_t i = 0; i < count; i += kLanes) {
-      const int there = static_cast<int>(std::min<int64_t>(kLanes, count - i));
-      Float value = load(sums + i) + start;
-      if (there == kLanes) {
-        if (residual) value += load(residual + i);
-        store(y + i, activation<decltype(constant)::value>(value));
-      } else {
-        if (residual) value += load_part(residual + i, there);
-        store_part(y + i, activation<decltype(constant)::value>(value), there);
-      }
-    }
+template <Activation kAfter>
+void write_row(const float* sums, float bias, const float* residual, float* y, int64_t count) {
+  each_vector(count, [&](int64_t i, int there) {
+    Float value = load(sums + i) + bias;
+    if (residual) value += load_up_to(residual + i, there);
+    store_up_to(y + i, activation<kAfter>(value), there);
   });
 }
 
@@ -221,50 +213,33 @@ Grid grid_of(int64_t rows, int64_t columns, int64_t floats_per_position, int64_t
   return {rows, columns, std::clamp<int64_t>(positions / columns, 1, ceil_div(rows, shares)), columns};
 }
 
-// What a kernel covers along one axis: taps of one phase of the output with what each reads, in steps of the phase.
+// What a kernel covers along one axis: taps of each phase of the output with what they read.
 struct Axis {
   int kernel, stride, dilation, pad;
   bool transposed;
+  int64_t first = 0, last = 0;  // input elements of all taps for output position 0
 
-  int phases() const { return transposed ? stride : 1; }
-  // Whether tap t adds to phase r, and the input it reads for position 0, counted in input elements.
-  bool reads(int phase, int t) const { return !transposed || (phase + pad - t * dilation) % stride == 0; }
-  int64_t at(int phase, int t) const {
-    return transposed ? (phase + pad - t * dilation) / stride : int64_t{t} * dilation - pad;
-  }
-  int64_t first() const { return bound([](int64_t a, int64_t b) { return std::min(a, b); }); }
-  int64_t last() const { return bound([](int64_t a, int64_t b) { return std::max(a, b); }); }
-  // Input elements from one output position to the next.
-  int step() const { return transposed ? 1 : stride; }
-
- private:
-  template <class Pick>
-  int64_t bound(Pick pick) const {
-    int64_t best = 0;
+  Axis(int kernel, int stride, int dilation, int pad, bool transposed)
+      : kernel(kernel), stride(stride), dilation(dilation), pad(pad), transposed(transposed) {
     bool any = false;
     for (int phase = 0; phase < phases(); ++phase)
       for (int t = 0; t < kernel; ++t)
         if (reads(phase, t)) {
-          best = any ? pick(best, at(phase, t)) : at(phase, t);
+          first = any ? std::min(first, at(phase, t)) : at(phase, t);
+          last = any ? std::max(last, at(phase, t)) : at(phase, t);
           any = true;
         }
-    return best;
+  }
+
+  int phases() const { return transposed ? stride : 1; }
+  // Input elements from one output position of a phase to the next.
+  int step() const { return transposed ? 1 : stride; }
+  // Whether tap t adds to a phase, and which input element it reads for position 0.
+  bool reads(int phase, int t) const { return !transposed || (phase + pad - t * dilation) % stride == 0; }
+  int64_t at(int phase, int t) const {
+    return transposed ? (phase + pad - t * dilation) / stride : int64_t{t} * dilation - pad;
   }
 };
-
-// Taps of output phase (ry, rx) in a patch that begins at the axes' first elements.
-int taps_of(const Axis& down, const Axis& across, int ry, int rx, const Window& window, Tap* taps) {
-  int count = 0;
-  for (int ky = 0; ky < down.kernel; ++ky)
-    for (int kx = 0; kx < across.kernel; ++kx) {
-      if (!down.reads(ry, ky) || !across.reads(rx, kx)) continue;
-      const int64_t y = down.at(ry, ky) - down.first(), x = across.at(rx, kx) - across.first();
-      const int64_t phase = y % down.step() * across.step() + x % across.step();
-      taps[count++] = {phase * window.phase() + y / down.step() * window.pitch() + x / across.step(),
-                       (int64_t{ky} * across.kernel + kx) * kChannelPanel};
-    }
-  return count;
-}
 
 struct Job {
   const float *x, *weight;
@@ -274,9 +249,30 @@ struct Job {
   Axis down, across;
 };
 
-// Output rows of phase ry from the sums of a panel, [phases across, 8, positions].
-void write_panel(const Job& job, const float* sums, int64_t plane, int64_t pitch, int batch, int channel, int rows,
-                 int ry, Range qy, Range qx) {
+// Taps of output phase (ry, rx) in a patch that begins at the axes' first elements; returns how many.
+int taps_of(const Job& job, int ry, int rx, const Window& window, Tap* taps) {
+  const Axis &down = job.down, &across = job.across;
+  int count = 0;
+  for (int ky = 0; ky < down.kernel; ++ky)
+    for (int kx = 0; kx < across.kernel; ++kx) {
+      if (!down.reads(ry, ky) || !across.reads(rx, kx)) continue;
+      const int64_t y = down.at(ry, ky) - down.first, x = across.at(rx, kx) - across.first;
+      const int64_t phase = y % down.step() * across.step() + x % across.step();
+      taps[count++] = {phase * window.phase() + y / down.step() * window.columns + x / across.step(),
+                       (int64_t{ky} * across.kernel + kx) * kChannelPanel};
+    }
+  return count;
+}
+
+// Sums of a panel of output channels, [phases across, 8, plane], rows `pitch` apart.
+struct Sums {
+  const float* data;
+  int64_t plane, pitch;
+};
+
+// Rows of output phase ry from a panel's sums.
+template <Activation kAfter>
+void write_panel(const Job& job, const Sums& sums, int batch, int channel, int rows, int ry, Range qy, Range qx) {
   const ConvShape& shape = job.shape;
   const int ways = job.across.phases();
   const int64_t left = qx.begin * ways, count = std::min<int64_t>(shape.out_width, qx.end * ways) - left;
@@ -285,12 +281,12 @@ void write_panel(const Job& job, const float* sums, int64_t plane, int64_t pitch
     for (int64_t q = qy.begin; q < qy.end; ++q) {
       const int64_t row = q * job.down.phases() + ry;
       if (row >= shape.out_height) continue;
-      const float* from = sums + r * plane + (q - qy.begin) * pitch;
-      if (ways > 1) merge(from, plane * kChannelPanel, ways, qx.end - qx.begin, merged);
+      const float* from = sums.data + r * sums.plane + (q - qy.begin) * sums.pitch;
+      if (ways > 1) merge(from, sums.plane * kChannelPanel, ways, qx.end - qx.begin, merged);
       const int64_t at =
           ((int64_t{batch} * shape.out_channels + channel + r) * shape.out_height + row) * shape.out_width + left;
-      write_row(ways > 1 ? merged : from, job.fusion.bias ? job.fusion.bias + channel + r : nullptr,
-                job.fusion.residual ? job.fusion.residual + at : nullptr, job.fusion.after, job.y + at, count);
+      write_row<kAfter>(ways > 1 ? merged : from, job.fusion.bias ? job.fusion.bias[channel + r] : 0,
+                        job.fusion.residual ? job.fusion.residual + at : nullptr, job.y + at, count);
     }
 }
 
@@ -299,26 +295,39 @@ void run_tile(const Job& job, int batch, int group, Range qy, Range qx) {
   const Axis &down = job.down, &across = job.across;
   const int in = shape.in_channels / shape.groups, out = shape.out_channels / shape.groups;
   const int64_t rows = qy.end - qy.begin, columns = qx.end - qx.begin;
-  const Window window{qy.begin * down.step() + down.first(),
-                      qx.begin * across.step() + across.first(),
-                      rows + (down.last() - down.first()) / down.step(),
-                      columns + (across.last() - across.first()) / across.step(),
+  const Window window{qy.begin * down.step() + down.first,
+                      qx.begin * across.step() + across.first,
+                      rows + (down.last - down.first) / down.step(),
+                      columns + (across.last - across.first) / across.step(),
                       down.step(),
                       across.step()};
-  const Patch patch = read_patch(job.x, shape, job.fusion, batch, group * in, in, window);
-  const int all_taps = down.kernel * across.kernel;
-  const int64_t positions = (rows - 1) * window.pitch() + columns, plane = ceil_div(positions, kStep) * kStep + kStep;
-  Tap* taps = scratch<TapList, Tap>(static_cast<size_t>(all_taps));
+  Patch patch{};
+  with_activation(job.fusion.before, [&](auto before) {
+    patch = read_patch<decltype(before)::value>(job.x, shape, job.fusion, batch, group * in, in, window);
+  });
+  const int all_taps = down.kernel * across.kernel, phases = down.phases() * across.phases();
+  Tap* taps = scratch<TapList, Tap>(static_cast<size_t>(all_taps * phases));
+  int* counts = scratch<TapCounts, int>(static_cast<size_t>(phases));
+  for (int phase = 0; phase < phases; ++phase)
+    counts[phase] =
+        taps_of(job, phase / across.phases(), phase % across.phases(), window, taps + phase * all_taps);
+  const int64_t positions = (rows - 1) * window.columns + columns;
+  const int64_t plane = ceil_div(positions, kStep) * kStep + kStep;
   float* sums = scratch<SumFloats, float>(static_cast<size_t>(plane * kChannelPanel * across.phases()));
   const int64_t weight_plane = int64_t{all_taps} * kChannelPanel, panel = in * weight_plane;
   const float* weight = job.weight + group * ceil_div(out, kChannelPanel) * panel;
   for (int channel = 0; channel < out; channel += kChannelPanel, weight += panel) {
     const int now = std::min(kChannelPanel, out - channel);
     for (int ry = 0; ry < down.phases(); ++ry) {
-      for (int rx = 0; rx < across.phases(); ++rx)
-        sum_panel(patch, in, taps, taps_of(down, across, ry, rx, window, taps), weight, weight_plane,
+      for (int rx = 0; rx < across.phases(); ++rx) {
+        const int phase = ry * across.phases() + rx;
+        sum_panel(patch, in, taps + phase * all_taps, counts[phase], weight, weight_plane,
                   sums + rx * kChannelPanel * plane, plane, positions, now);
-      write_panel(job, sums, plane, window.pitch(), batch, group * out + channel, now, ry, qy, qx);
+      }
+      with_activation(job.fusion.after, [&](auto after) {
+        write_panel<decltype(after)::value>(job, {sums, plane, window.columns}, batch, group * out + channel, now, ry,
+                                            qy, qx);
+      });
     }
   }
 }

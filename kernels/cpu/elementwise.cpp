@@ -8,25 +8,6 @@
 namespace edge __attribute__((visibility("hidden"))) {
 namespace {
 
-// body(i, count) for whole vectors of [0, count), then once for the rest.
-template <class Body>
-EDGE_INLINE void each_vector(int64_t count, const Body& body) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) body(i, kLanes);
-  if (i < count) body(i, static_cast<int>(count - i));
-}
-
-EDGE_INLINE Float load_up_to(const float* from, int count) {
-  return count == kLanes ? load(from) : load_part(from, count);
-}
-
-EDGE_INLINE void store_up_to(float* to, Float value, int count) {
-  if (count == kLanes)
-    store(to, value);
-  else
-    store_part(to, value, count);
-}
-
 float sum_of(const float* x, int64_t count) {
   Float total[4] = {};
   int64_t i = 0;

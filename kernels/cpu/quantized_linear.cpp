@@ -3,8 +3,6 @@
 // A panel's 32-bit word holds 32 / bits columns of one row, its 16 words stand side by side, so a vector of words is
 // as many rows at the same columns. Byte i of a word holds columns i, i + 4, i + 8 ... with the lowest bits first:
 // masking gives four consecutive columns as bytes, which is what integer dot products take.
-#include <cmath>
-
 #include "gemm.h"
 #include "scratch.h"
 #include "tasks.h"
@@ -168,6 +166,8 @@ struct Rounded {
 struct RoundedRows;
 struct RoundedScales;
 
+using Bytes = int8_t __attribute__((vector_size(kLanes)));
+
 Rounded rounded(const float* x, const QuantizedWeight& w, const Layout& layout, int m) {
   const int64_t padded = layout.blocks * w.block, blocks = layout.blocks;
   int8_t* rows = scratch<RoundedRows, int8_t>(static_cast<size_t>(padded * m));
@@ -178,18 +178,25 @@ Rounded rounded(const float* x, const QuantizedWeight& w, const Layout& layout, 
       const float* from = x + static_cast<int64_t>(r) * w.columns + g * w.block;
       int8_t* to = rows + r * padded + g * w.block;
       const int there = static_cast<int>(std::min<int64_t>(w.block, w.columns - g * w.block));
+      Float sizes{};
+      each_vector(there, [&](int64_t c, int count) {
+        const Float value = load_up_to(from + c, count);
+        sizes = max(max(sizes, value), -value);
+      });
       float largest = 0;
-      for (int c = 0; c < there; ++c) largest = std::max(largest, std::fabs(from[c]));
+      for (int lane = 0; lane < kLanes; ++lane) largest = std::max(largest, sizes[lane]);
       const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
-      int total = 0;
-      for (int c = 0; c < there; ++c) {
-        const int value = static_cast<int>(std::nearbyint(from[c] * inverse));
-        to[c] = static_cast<int8_t>(value);
+      Float total{};
+      std::memset(to + there, 0, static_cast<size_t>(w.block - there));
+      each_vector(there, [&](int64_t c, int count) {
+        // Rounded to nearest, halves to even, as the current mode has it.
+        const Float value = (load_up_to(from + c, count) * inverse + kRounder) - kRounder;
         total += value;
-      }
-      for (int c = there; c < w.block; ++c) to[c] = 0;
+        const auto bytes = __builtin_convertvector(to_int(value), Bytes);
+        std::memcpy(to + c, &bytes, static_cast<size_t>(count));
+      });
       scales[r * blocks + g] = largest / 127.0f;
-      sums[r * blocks + g] = static_cast<float>(total);
+      sums[r * blocks + g] = sum(total);
     }
   return {rows, scales, sums};
 }

@@ -44,34 +44,75 @@ EDGE_INLINE void store(void* to, V value) {
   std::memcpy(to, &value, sizeof value);
 }
 
-// The first `count` lanes; the others read as 0 and are not written.
+// The first `count` lanes; the others read as 0 and are not written, nor is their memory touched.
 EDGE_INLINE Float load_part(const float* from, int count) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Float>(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from));
+#else
   float lanes[kLanes] = {};
   std::memcpy(lanes, from, sizeof(float) * static_cast<size_t>(count));
   return load(lanes);
+#endif
 }
 
 EDGE_INLINE void store_part(float* to, Float value, int count) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1), reinterpret_cast<__m512>(value));
+#else
   float lanes[kLanes];
   store(lanes, value);
   std::memcpy(to, lanes, sizeof(float) * static_cast<size_t>(count));
+#endif
+}
+
+// The same where `count` is mostly all of them.
+EDGE_INLINE Float load_up_to(const float* from, int count) {
+  return count == kLanes ? load(from) : load_part(from, count);
+}
+
+EDGE_INLINE void store_up_to(float* to, Float value, int count) {
+  if (count == kLanes)
+    store(to, value);
+  else
+    store_part(to, value, count);
+}
+
+// body(i, kLanes) for whole vectors of [0, count), then body(i, what is left).
+template <class Body>
+EDGE_INLINE void each_vector(int64_t count, const Body& body) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) body(i, kLanes);
+  if (i < count) body(i, static_cast<int>(count - i));
 }
 
 // Subtracting 0 changes no value, not even -0, so the compiler is left with the broadcast alone.
 EDGE_INLINE Float splat(float value) { return value - Float{}; }
 EDGE_INLINE Int splat(int32_t value) { return value - Int{}; }
 
+// Adding and subtracting this rounds to the nearest integer, which the low mantissa bits of the sum then hold.
+constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23
+
 EDGE_INLINE Float to_float(Int value) { return __builtin_convertvector(value, Float); }
 EDGE_INLINE Int to_int(Float value) { return __builtin_convertvector(value, Int); }
 EDGE_INLINE Float max(Float a, Float b) { return a > b ? a : b; }
 EDGE_INLINE Float min(Float a, Float b) { return a < b ? a : b; }
 
+// Halves are added to each other until four lanes are left.
 EDGE_INLINE float sum(Float value) {
-  float lanes[kLanes];
-  store(lanes, value);
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  return lanes[0];
+#if defined(__AVX512F__)
+  const auto eight = __builtin_shufflevector(value, value, 0, 1, 2, 3, 4, 5, 6, 7) +
+                     __builtin_shufflevector(value, value, 8, 9, 10, 11, 12, 13, 14, 15);
+#elif defined(__AVX2__)
+  const auto eight = value;
+#endif
+#if defined(__AVX2__)
+  const auto four =
+      __builtin_shufflevector(eight, eight, 0, 1, 2, 3) + __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
+#else
+  const auto four = value;
+#endif
+  const auto pairs = four + __builtin_shufflevector(four, four, 2, 3, 0, 1);
+  return pairs[0] + pairs[1];
 }
 
 // Bytes to floats, one a lane.

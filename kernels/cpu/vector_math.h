@@ -9,9 +9,6 @@
 
 namespace edge __attribute__((visibility("hidden"))) {
 
-// Adding and subtracting this rounds to the nearest integer, which the low mantissa bits of the sum then hold.
-constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23
-
 // Relative error below 2e-7. Arguments are clamped to [-86, 88], where results and their inverses are normal numbers.
 EDGE_INLINE Float exp(Float x) {
   x = min(max(x, splat(-86.0f)), splat(88.0f));
