@@ -139,6 +139,12 @@ class Emitter:
         """Several results of one node."""
         return self.importer.block_builder.emit(relax.Tuple(list(values)))
 
+    def row(self, value: Any, axis: int, index: int) -> Any:
+        """The slice at ``index`` (0 or more) of an axis, which disappears."""
+        if self.shape(value)[axis] == 1:
+            return self.importer.block_builder.emit(relax.op.squeeze(value, [axis]))
+        return self.importer.block_builder.emit(relax.op.take(value, relax.const(index, "int64"), axis))
+
     def default(self, node: fx.Node) -> Any:
         """What TVM's own importer makes of the node."""
         return self.defaults[node.target.__name__](node)

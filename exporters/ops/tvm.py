@@ -151,6 +151,16 @@ def _identity_or_default(emit: Emitter, node: fx.Node) -> Any:
     return emit.default(node) if source is None else emit.value(source)
 
 
+def _select(emit: Emitter, node: fx.Node) -> Any:
+    """TVM's own form reads in front of the tensor where the index counts from the end."""
+    given = arguments(node)
+    x, axis = emit.value(given["self"]), given["dim"]
+    size = given["self"].meta["val"].shape[axis]
+    if not isinstance(size, int):
+        return emit.default(node)
+    return emit.row(x, axis, given["index"] % size)
+
+
 def _add(emit: Emitter, node: fx.Node) -> Any:
     plan = tvm_fusion.ending_in(node)
     return emit.default(node) if plan is None else _convolve(emit, plan, node)
@@ -212,6 +222,7 @@ def lowerings() -> dict[torch._ops.OpOverload, Lowering]:
         ATEN.linear.default: _linear,
         ATEN.group_norm.default: _group_norm,
         ATEN.add.Tensor: _add,
+        ATEN.select.int: _select,
         ATEN.div.Tensor: _identity_or_default,
         ATEN.clone.default: _identity_or_default,
     }
