@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import openvino as ov
 
+from exporters import openvino_observation
 from exporters.backends import Job, Kind
 from exporters.inheritance import StoredMatrix
 from exporters.openvino_convert import Unreadable, convert, read
@@ -81,7 +82,7 @@ class OpenVinoExporter:
         self, folder: Path, artifact: Artifact, program: Program, nodes: Sequence[str], out: Path
     ) -> tuple[Artifact, Mapping[str, str]]:
         """See Exporter."""
-        raise NotImplementedError
+        return openvino_observation.observe(folder, artifact, program, nodes, out)
 
 
 def _artifact(job: Job, kind: Kind, path: Path) -> Artifact:

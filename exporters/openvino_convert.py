@@ -250,16 +250,16 @@ def _reordered(reading: Reading) -> list[Any]:
 
 
 def _name_values(model: ov.Model, origins: Mapping[str, str]) -> None:
-    """Replaces the reader's names of values by the Program's: of several values that one became, the last has it."""
-    last: dict[str, ov.Output] = {}
+    """Replaces the reader's names of values by the Program's: of several nodes that one became, the last has it.
+
+    Args:
+        origins: node of the graph that was read -> node of the Program, in the graph's order.
+    """
+    last = {origin: name for name, origin in origins.items()}
+    names = {f"{name}:0": origin for origin, name in last.items()}
     computed = [node for node in model.get_ordered_ops() if node.get_type_name() not in ("Parameter", "Result")]
     for output in (output for node in computed for output in node.outputs()):
-        for name in output.get_names():
-            if (origin := origins.get(name.removesuffix(":0"))) is not None:
-                last[origin] = output
-        output.set_names(set())
-    for origin, output in last.items():
-        output.add_names({value_name(origin)})
+        output.set_names({value_name(names[name]) for name in output.get_names() if name in names})
 
 
 def value_name(node: str) -> str:
