@@ -2,9 +2,10 @@
 
     python -m tools.bench_kernels [--variant NAME] [--only TEXT] [--rounds N] [--large] [--output FILE]
 
-One thread each. ONNX Runtime runs a model of several copies of one operator, each with its own input, so that the cost
-of a call into it is shared; its weights are the same numbers. In every round each contender has its turn, warm; times
-are medians over the rounds, ratios are taken within one run. Results must agree before anything is timed.
+One thread each. ONNX Runtime runs a model of several copies of one operator, each with its own input, and ours is
+called as often, so that the cost of a call is shared; the weights are the same numbers. In every round each contender
+has its turn, warm; times are medians over the rounds, ratios are taken within one run. Results must agree before
+anything is timed.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from rich.table import Table
 from exporters import cpu_layout
 from runtimes.bandwidth import measure_roof
 from runtimes.host import cpu_model
-from tools.kernel_library import VARIANTS, Call, Library, Variant, build, runs_here
+from tools.kernel_library import VARIANTS, Call, Library, build, is_native
 
 Array = np.ndarray[Any, Any]
 
@@ -62,6 +63,7 @@ class Row:
     products: int
     bytes: int
     tolerance: float = TOLERANCE["exact"]
+    per_lane: int = 1  # multiply-adds that one instruction does in a lane; integer dot products do four
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def quantized(m: int, rows: int, columns: int, bits: int, block: int, zeros: boo
     mode = "fast" if fast else "exact"
     return Row(
         f"int{bits} {rows}x{columns} block {block}, {m} rows, {mode}", [call], node, constants, x, y.shape,
-        m * rows * columns, sum(part.nbytes for part in (packed.codes, packed.scales)), TOLERANCE[mode],
+        m * rows * columns, packed.codes.nbytes + packed.scales.nbytes, TOLERANCE[mode], 4 if fast else 1,
     )  # fmt: skip
 
 
@@ -261,13 +263,13 @@ def median_times(runs: Sequence[Callable[[], None]], rounds: int) -> list[float]
 
 
 def measure(library: Library, row: Row, rounds: int, peak: float, bandwidth: float) -> Timing:
-    prepared = [library.prepare(call) for call in row.calls]
+    theirs, copies, expected = peer(row)
+    repeated = [library.repeated(call, copies) for call in row.calls]
 
     def ours() -> None:
-        for run in prepared:
+        for run in repeated:
             run()
 
-    theirs, copies, expected = peer(row)
     ours()
     theirs()
     result = row.calls[-1].buffers[-1]
@@ -275,31 +277,30 @@ def measure(library: Library, row: Row, rounds: int, peak: float, bandwidth: flo
     if not difference <= row.tolerance:
         raise SystemExit(f"{row.name}: differs from ONNX Runtime by {difference:.1e} of the largest value")
     own, other = median_times([ours, theirs], rounds)
-    roof = max(row.products / peak, row.bytes / bandwidth if row.bytes > 8 << 20 else 0)
-    return Timing(row.name, own, other / copies, roof, difference)
+    roof = max(row.products / row.per_lane / peak, row.bytes / bandwidth if row.bytes > 8 << 20 else 0)
+    return Timing(row.name, own / copies, other / copies, roof, difference)
 
 
 def measure_peak(library: Library) -> float:
     """Float32 multiply-adds a second of one thread."""
     count = np.zeros(1, np.int64)
-    run = library.prepare(Call("multiply_adds", [count], [1 << 16]))
+    run = library.repeated(Call("multiply_adds", [count], [1 << 16]), 1)
     run()
     return float(count[0]) / median_times([run], 9)[0]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--variant", choices=VARIANTS, default="avx512-vnni")
+    parser.add_argument("--variant", choices=VARIANTS, default="avx512vnni")
     parser.add_argument("--only", default="", help="rows whose name contains this")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--large", action="store_true", help="also a model of half a billion parameters")
     parser.add_argument("--output", type=Path, help="JSON of the figures")
     arguments = parser.parse_args()
-    variant: Variant = VARIANTS[arguments.variant]
-    if variant.emulator or not runs_here(variant):
+    if not is_native(arguments.variant):
         raise SystemExit(f"{arguments.variant} does not run on this CPU; nothing is timed in an emulator")
     with tempfile.TemporaryDirectory() as folder:
-        library = Library(build(variant, Path(folder)))
+        library = Library(build(arguments.variant, Path(folder)))
         peak, bandwidth = measure_peak(library), measure_roof(1).bytes_per_second
         timings = []
         for row in table(arguments.large):

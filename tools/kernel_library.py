@@ -4,79 +4,72 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from exporters import tvm_targets
+from exporters.tvm_targets import Variant
 
 Array = np.ndarray[Any, Any]
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ROOT / "kernels" / "cpu"
 SHIM = Path(__file__).with_name("kernel_shim.cpp")
+FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast")
 WARNINGS = ("-Wall", "-Wextra", "-Wpedantic", "-Werror")
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One way to compile the kernels.
-
-    Attributes:
-        flags: what chooses the instruction set.
-        needs: flags of /proc/cpuinfo that a CPU must have to run it here.
-        compiler: the C++ compiler.
-        emulator: what runs programs of it where the CPU cannot.
-    """
-
-    flags: tuple[str, ...]
-    needs: frozenset[str] = frozenset()
-    compiler: str = "g++"
-    emulator: tuple[str, ...] = ()
+#: name -> (architecture, variant) of every build that exports make, as exporters/tvm_targets.py has them.
+VARIANTS: Mapping[str, tuple[str, Variant]] = {
+    variant.name: (arch, variant) for arch, variants in tvm_targets.VARIANTS.items() for variant in variants
+}
+#: architecture -> (what runs its programs elsewhere, what they are linked with for that)
+EMULATORS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {"aarch64": (("qemu-aarch64",), ("-static",))}
 
 
-_AVX2 = ("-mavx2", "-mfma", "-mf16c")
-_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni")
-_ARM = {"compiler": "aarch64-linux-gnu-g++", "emulator": ("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu")}
-
-VARIANTS: Mapping[str, Variant] = {
-    "avx2": Variant(_AVX2, frozenset({"avx2", "fma", "f16c"})),
-    "avx2-vnni": Variant((*_AVX2, "-mavxvnni"), frozenset({"avx2", "fma", "f16c", "avx_vnni"})),
-    "avx512-vnni": Variant(_AVX512, frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"})),
-    "neon": Variant(("-march=armv8-a",), **_ARM),
-    "neon-dotprod": Variant(("-march=armv8.2-a+dotprod",), **_ARM),
-    "neon-i8mm": Variant(("-march=armv8.6-a+i8mm",), **_ARM),
-}  # fmt: skip
-
-
-def runs_here(variant: Variant) -> bool:
-    """Whether this machine runs the variant, itself or by its emulator."""
-    if variant.emulator:
-        return all(shutil.which(name) for name in (variant.compiler, variant.emulator[0]))
+def is_native(name: str) -> bool:
+    """Whether this CPU has what the variant needs."""
+    arch, variant = VARIANTS[name]
     cpu = Path("/proc/cpuinfo")
     there = set(cpu.read_text().split()) if cpu.exists() else set()
-    return variant.needs <= there and shutil.which(variant.compiler) is not None
+    return platform.machine() == arch and set(variant.isa) <= there | ({"neon"} if arch == "aarch64" else set())
 
 
-def build(variant: Variant, folder: Path, *, program: bool = False, extra: Sequence[str] = ()) -> Path:
+def runs_here(name: str) -> bool:
+    """Whether this machine compiles the variant and runs it, itself or by an emulator."""
+    emulator = EMULATORS.get(VARIANTS[name][0])
+    able = is_native(name) or (emulator is not None and shutil.which(emulator[0][0]) is not None)
+    return able and shutil.which(_compiler(name)) is not None
+
+
+def _compiler(name: str) -> str:
+    arch = VARIANTS[name][0]
+    return "g++" if arch == platform.machine() else tvm_targets.CROSS[arch, "linux"][0]
+
+
+def build(name: str, folder: Path, *, program: bool = False, extra: Sequence[str] = ()) -> Path:
     """Compiles the kernels and the shim into a shared library, or a program, in ``folder``; returns its path.
 
     Raises:
         subprocess.CalledProcessError: the compiler refused, with its words on standard error.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    flags = ["-std=c++17", "-O3", "-fPIC", *WARNINGS, *variant.flags, *extra, f"-I{SOURCES}"]
+    flags = [*FLAGS, *WARNINGS, *VARIANTS[name][1].flags, *extra, f"-I{SOURCES}"]
     flags += ["-DEDGE_PROGRAM"] if program else []
     objects = []
     for source in (*sorted(SOURCES.glob("*.cpp")), SHIM):
         objects.append(folder / f"{source.stem}.o")
-        subprocess.run([variant.compiler, *flags, "-c", str(source), "-o", str(objects[-1])], check=True)
+        subprocess.run([_compiler(name), *flags, "-c", str(source), "-o", str(objects[-1])], check=True)
     target = folder / ("kernels" if program else "kernels.so")
     link = [*extra, *([] if program else ["-shared"]), *map(str, objects), "-o", str(target)]
-    subprocess.run([variant.compiler, *link], check=True)
+    subprocess.run([_compiler(name), *link], check=True)
     return target
 
 
@@ -87,32 +80,37 @@ class Call:
     name: str
     buffers: Sequence[Array | None]
     ints: Sequence[int] = ()
-    floats: Sequence[float] = field(default=())
+    floats: Sequence[float] = ()
 
 
 class Library:
     """A shared library of kernels, called in this process."""
 
     def __init__(self, path: Path) -> None:
-        self._call = ctypes.CDLL(str(path)).edge_call
-
-    def prepare(self, call: Call, task: int = 0, tasks: int = 1):
-        """A function of no arguments that makes the call; the arrays must stay as they are."""
-        pointers = (ctypes.c_void_p * len(call.buffers))(*(None if b is None else b.ctypes.data for b in call.buffers))
-        ints = (ctypes.c_int64 * len(call.ints))(*map(int, call.ints))
-        floats = (ctypes.c_float * len(call.floats))(*call.floats)
-        arguments = (call.name.encode(), pointers, ints, floats, task, tasks)
-
-        def run(keep: Call = call) -> None:
-            if self._call(*arguments):
-                raise ValueError(f"no kernel {keep.name!r}")
-
-        return run
+        self._library = ctypes.CDLL(str(path))
 
     def __call__(self, call: Call, tasks: int = 1) -> None:
         """Runs all tasks, one after the other; results are in the call's arrays."""
         for task in range(tasks):
-            self.prepare(call, task, tasks)()
+            if self._library.edge_call(*_pointers(call), task, tasks):
+                raise ValueError(f"no kernel {call.name!r}")
+
+    def repeated(self, call: Call, times: int) -> Callable[[], None]:
+        """A function that makes the call so many times, its arguments converted once."""
+        pointers = _pointers(call)
+
+        def run(keep: Call = call) -> None:  # the pointers hold the arrays' addresses only
+            if self._library.edge_repeat(*pointers, times):
+                raise ValueError(f"no kernel {keep.name!r}")
+
+        return run
+
+
+def _pointers(call: Call) -> tuple[Any, ...]:
+    """The name and the lists as C takes them."""
+    pointers = (ctypes.c_void_p * len(call.buffers))(*(None if b is None else b.ctypes.data for b in call.buffers))
+    ints = (ctypes.c_int64 * len(call.ints))(*map(int, call.ints))
+    return call.name.encode(), pointers, ints, (ctypes.c_float * len(call.floats))(*call.floats)
 
 
 class Program:
@@ -144,8 +142,8 @@ class Program:
 
 
 def load(name: str, folder: Path) -> Library | Program:
-    """The named variant, compiled into ``folder`` and ready to call."""
-    variant = VARIANTS[name]
-    if variant.emulator:
-        return Program(build(variant, folder, program=True, extra=("-static",)), variant.emulator)
-    return Library(build(variant, folder))
+    """The variant, compiled into ``folder`` and ready to call; ``runs_here`` says whether there is a way."""
+    if is_native(name):
+        return Library(build(name, folder))
+    emulator, link = EMULATORS[VARIANTS[name][0]]
+    return Program(build(name, folder, program=True, extra=link), emulator)
