@@ -43,7 +43,7 @@ class Runner:
 
 
 #: Every backend that runs here.
-MODULES = ("onnx",)
+MODULES = ("onnx", "openvino")
 RUNNERS: dict[str, Runner] = {
     runner.target: runner for module in MODULES for runner in import_module(f"tests.exporters.runners.{module}").RUNNERS
 }
