@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import pytest
 
@@ -117,25 +119,41 @@ def test_linear(run, dtype, rows, columns) -> None:
 def test_attention_table(run, case: Case) -> None:
     rows = case.inputs(np.random.default_rng(1), 11)
     sizes = {name: case.fixed[name] for name in ("heads", "kv_heads", "scale", "window", "softcap")}
-    check_attention(run, rows, case.fixed["cos"], case.fixed["sin"], sizes, CAPACITY, ((11,), (4, 1, 6), (1,) * 11))
+    splits = ((11,), (4, 1, 6), (1,) * 11)
+    check_attention(run, rows, case.fixed["cos"], case.fixed["sin"], sizes, CAPACITY, splits, whole(case.label))
 
 
-@pytest.mark.parametrize(("width", "heads", "kv_heads"), [(32, 6, 2), (20, 5, 1), (64, 7, 7)])
-def test_attention_long(run, width, heads, kv_heads) -> None:
-    """More queries than a unit of work takes, more scores than are held at a time, more heads than one step takes."""
-    steps, capacity = 83, 100
-    angles = np.arange(capacity)[:, None] / 100.0 ** np.linspace(0, 1, width // 2, endpoint=False)
-    rows = {"query": np.random.default_rng(4).standard_normal((1, steps, (heads + 2 * kv_heads) * width))}
-    rows = {name: row.astype(np.float32) for name, row in rows.items()}
+LONG = [(32, 6, 2, 0), (32, 6, 2, 30), (20, 5, 1, 0), (64, 7, 7, 30)]
+STEPS = 83
+
+
+@cache
+def long_attention(width: int, heads: int, kv_heads: int, window: int):
+    """Arguments of ``check_attention`` for 83 steps, and the formula's results."""
+    angles = np.arange(STEPS + 9)[:, None] / 100.0 ** np.linspace(0, 1, width // 2, endpoint=False)
+    rows = np.random.default_rng(4).standard_normal((1, STEPS, (heads + 2 * kv_heads) * width)).astype(np.float32)
     cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-    for window in (0, 30):
-        sizes = {"heads": heads, "kv_heads": kv_heads, "scale": width**-0.5, "window": window, "softcap": 0.0}
-        check_attention(run, rows, cos, sin, sizes, capacity, ((steps,), (70, 1, 12)))
+    sizes = {"heads": heads, "kv_heads": kv_heads, "scale": width**-0.5, "window": window, "softcap": 0.0}
+    return {"query": rows}, cos, sin, sizes, op_cases.kv_attention(rows, None, None, cos, sin, **sizes)
 
 
-def check_attention(run, rows, cos, sin, sizes, capacity, splits) -> None:
+@cache
+def whole(label: str):
+    case = next(case for case in CASES if case.op == "kv_attention" and case.label == label)
+    rows = case.inputs(np.random.default_rng(1), 11)
+    return case.formula(**{"key": None, "value": None} | rows | case.fixed)
+
+
+@pytest.mark.parametrize("shape", LONG, ids=str)
+def test_attention_long(run, shape) -> None:
+    """More queries than a unit of work takes, more scores than are held at a time, more heads than one step takes."""
+    rows, cos, sin, sizes, expected = long_attention(*shape)
+    check_attention(run, rows, cos, sin, sizes, STEPS + 9, ((STEPS,), (70, 1, 12)), expected)
+
+
+def check_attention(run, rows, cos, sin, sizes, capacity, splits, results) -> None:
     """Runs in pieces equal the whole at once; slots never written hold NaN, and still do at the end."""
-    expected, *stored = op_cases.kv_attention(**{"key": None, "value": None} | rows, cos=cos, sin=sin, **sizes)
+    expected, *stored = results
     batch, kv_heads, steps, width = stored[0].shape
     for tasks, split in enumerate(splits, 1):
         caches = [np.full((batch, kv_heads, capacity, width), np.nan, np.float32) for _ in range(2)]
@@ -146,6 +164,6 @@ def check_attention(run, rows, cos, sin, sizes, capacity, splits) -> None:
             last = np.full(batch, held - 1, np.int32)
             out.append(calls.kv_attention(run, parts, caches, last, cos, sin, **sizes, tasks=tasks))
         assert_near(np.concatenate(out, 1), expected)
-        for cache, written in zip(caches, stored, strict=True):
-            assert_near(cache[:, :, :steps], written)
-            assert np.isnan(cache[:, :, steps:]).all()
+        for slots, written in zip(caches, stored, strict=True):
+            assert_near(slots[:, :, :steps], written)
+            assert np.isnan(slots[:, :, steps:]).all()
