@@ -10,6 +10,7 @@ import operator
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -175,17 +176,23 @@ def read(program: Program) -> tuple[ov.Model, Reading, Mapping[str, str]]:
         raise Unreadable(_culprits(decomposed, origins, str(error)), f"{program.entry} for openvino") from error
 
 
-def _decompose(program: Program) -> ExportedProgram:
-    """The program in operators that the reader knows, and those that are translated here."""
+@cache
+def _decompositions() -> Mapping[Any, Callable]:
+    """Operators that the reader does not know -> what they are made of. Half a second to collect."""
     table = CustomDecompTable()
     for kept in (*ops_to_not_decompose(), *(getattr(torch.ops.aten, name).default for name in ATEN_LOWERINGS)):
         table.pop(kept, None)
     for fused in ops.REGISTRY.values():
         if fused.name not in LOWERINGS:
             table[fused.overload] = fused.reference
+    return table.materialize()
+
+
+def _decompose(program: Program) -> ExportedProgram:
+    """The program in operators that the reader knows, and those that are translated here."""
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore", FutureWarning)  # raised inside torch by its own use of pytree
-        return program.exported.run_decompositions(table)
+        return program.exported.run_decompositions(dict(_decompositions()))
 
 
 def _culprits(decomposed: ExportedProgram, origins: Mapping[str, str], report: str) -> list[str]:
