@@ -30,7 +30,7 @@ from exporters.ops.tvm import lowerings
 from exporters.program import Program
 from exporters.traffic import bytes_per_token, stored_precision
 from exporters.tvm_import import Imported, import_program
-from exporters.tvm_kernels import kernel_objects
+from exporters.tvm_kernels import build_program, kernel_objects
 from exporters.tvm_parameters import write_parameters
 from exporters.tvm_targets import CpuTarget, cpu_target, kind_of
 from runtimes.bundle import Artifact
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 #: Lengths that a language model is compiled for, as far as its context goes: decode, then prompts.
 LENGTHS = (1, 4, 16, 64, 256)
+#: Runs the artifacts without Python; kernels/tvm/program.
+PROGRAM = "run_bundle"
 RUNTIME = {"apache-tvm": tvm.__version__, "apache-tvm-ffi": tvm_ffi.__version__}
 _NAMESPACES = ("aten", ops.NAMESPACE, "_operator")
 
@@ -80,18 +82,18 @@ class TvmExporter:
             operators = compile_library(functions, target, library)
             for imported in functions.values():
                 parameters |= imported.parameters
-            files = tuple(path.relative_to(job.out).as_posix() for path in (library, weights))
+            files = tuple(path.relative_to(job.out).as_posix() for path in (library, weights, folder / PROGRAM))
             artifacts.append(_artifact(program, form, mode, files, operators, target, functions))
         write_parameters(weights, parameters, job.progress)
+        build_program(target, folder / PROGRAM)
         return tuple(artifacts)
 
     def read_matrices(self, folder: Path, artifact: Artifact, program: Program) -> Mapping[str, StoredMatrix]:
-        """See Exporter. What a function of the library takes as an argument is what it computes with."""
-        library = tvm.runtime.load_module(str(folder / artifact.model))
-        taken = set().union(*(function_arguments(library, name) for name in artifact.options["functions"].values()))
+        """See Exporter. A weight counts where a function of the library names it among its arguments."""
+        library = (folder / artifact.model).read_bytes()
         found = {}
         with safe_open(folder / artifact.options["parameters"], "numpy") as file:
-            held = taken & set(file.keys())
+            held = {name for name in file.keys() if _serialised(name) in library}  # noqa: SIM118
             for prefix, layout in program.inherited.items():
                 names = [f"{prefix}.{part}:panels" for part in ("codes", "scales", "zeros")]
                 codes, scales, zeros = (file.get_tensor(n) if n in held else None for n in names)
@@ -158,18 +160,16 @@ def _calls(function: relax.Function) -> dict[str, int]:
     return dict(sorted(found.items()))
 
 
-def function_arguments(library: Any, name: str) -> list[str]:
-    """Names of what a function of a compiled library takes, in order."""
-    executable = library["vm_load_executable"]()
-    count = executable["get_function_arity"](name)
-    return [executable["get_function_param_name"](name, index) for index in range(count)]
+def _serialised(name: str) -> bytes:
+    """A name as TVM writes it into a library, which may be another machine's and cannot be loaded here."""
+    return len(name.encode()).to_bytes(8, "little") + name.encode()
 
 
 def _artifact(
     program: Program,
     form: str,
     mode: str,
-    files: tuple[str, str],
+    files: tuple[str, ...],
     operators: Mapping[str, int],
     target: CpuTarget,
     functions: Mapping[str, Imported],
@@ -197,7 +197,9 @@ def _artifact(
             "arch": target.arch,
             "isa": list(target.variant.isa),
             "kernels": target.variant.name,
+            "cpu": target.tvm.get("mcpu"),
             "parameters": files[1],
+            "program": files[2],
             "functions": lengths,
         },
     )

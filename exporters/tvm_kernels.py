@@ -19,8 +19,8 @@ from exporters.tvm_targets import CpuTarget
 ROOT = Path(__file__).parent.parent / "kernels"
 #: The arithmetic is IEEE's own: no -ffast-math, contraction to fused multiply-add is the one freedom.
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast")
-#: Programs of their own, not part of an artifact.
-PROGRAMS = ("run_bundle.cpp",)
+#: The program that runs a bundle without Python, beside the artifacts.
+PROGRAM = ROOT / "tvm" / "program" / "run_bundle.cpp"
 
 
 class CompilerError(ExportError):
@@ -40,7 +40,6 @@ def kernel_objects(target: CpuTarget) -> list[Path]:
         CompilerError: naming the compiler.
     """
     sources = sorted(path for part in ("cpu", "tvm") for path in (ROOT / part).glob("*.cpp"))
-    sources = [path for path in sources if path.name not in PROGRAMS]
     if not sources:
         raise CompilerError(
             "holds no sources", where=str(ROOT), way_out="Build from a checkout of the project, which has them."
@@ -50,6 +49,31 @@ def kernel_objects(target: CpuTarget) -> list[Path]:
     if not all(path.exists() for path in objects):
         _compile(target, sources, objects, folder)
     return objects
+
+
+def build_program(target: CpuTarget, path: Path) -> None:
+    """Builds the program for a target. The device brings TVM's libraries, so that stubs of them do for the linker."""
+    kept = _cache() / _key(target) / path.name
+    if not kept.exists():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
+            _link_program(target, Path(scratch), Path(scratch) / path.name)
+            os.replace(Path(scratch) / path.name, kept)
+    shutil.copy(kept, path)
+
+
+def _link_program(target: CpuTarget, folder: Path, path: Path) -> None:
+    code = folder / "program.o"
+    run_compiler(target.compiler, ["-O2", "-std=c++17", *include_flags(), "-c", str(PROGRAM), "-o", str(code)])
+    listed = run_compiler(f"{target.compiler.removesuffix('g++')}nm", ["--undefined-only", "--format=posix", str(code)])
+    symbols = [line.split()[0] for line in listed.splitlines() if "tvm" in line.lower()]
+    stub = folder / "stub.s"
+    for library, held in (("libtvm_runtime.so", []), ("libtvm_ffi.so", symbols)):
+        stub.write_text("".join(f".globl {symbol}\n{symbol}:\n" for symbol in held))
+        soname = ["-shared", "-nostdlib", f"-Wl,-soname,{library}"]
+        run_compiler(target.compiler, [*soname, str(stub), "-o", str(folder / library)])
+    link = [str(code), f"-L{folder}", "-Wl,--no-as-needed", "-ltvm_runtime", "-ltvm_ffi", "-s", "-o", str(path)]
+    run_compiler(target.compiler, link)
 
 
 def _compile(target: CpuTarget, sources: Sequence[Path], objects: Sequence[Path], folder: Path) -> None:

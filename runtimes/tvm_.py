@@ -1,15 +1,16 @@
-"""TVM session: a compiled library with our kernels inside, run by relax's virtual machine on this machine's CPU.
+"""TVM session: a compiled library with our kernels inside, run by relax's virtual machine on the CPU.
 
 Everything that a step takes (weights, KV cache, token buffers) is bound to the compiled functions once; kernels write
-the cache in place. A prompt runs on the compiled lengths (runtimes/buckets.py).
+the cache in place. A prompt runs on the compiled lengths (runtimes/buckets.py). A library for another processor runs
+under an emulator, where there is one (runtimes/tvm_emulated.py).
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 
@@ -17,7 +18,8 @@ from runtimes.buckets import History
 from runtimes.errors import Fault
 from runtimes.host import usable_cores
 from runtimes.session import Array, CheckedSession, Limits, OutOfDeviceMemory, limits_of
-from runtimes.tvm_files import ALIGNMENT, aligned, check_machine, read_parameters
+from runtimes.tvm_emulated import Emulated
+from runtimes.tvm_files import ALIGNMENT, aligned, check_machine, is_foreign, read_parameters
 
 if TYPE_CHECKING:
     from runtimes.bundle import Artifact, Bundle
@@ -32,18 +34,37 @@ class BrokenLibrary(Fault):
     """The compiled library, or its file of weights, is not what the artifact says."""
 
 
+class Library(Protocol):
+    """A loaded artifact, here or in an emulator. Calls give the outputs, without the states."""
+
+    effective: dict[str, str]
+    stand_in: str | None
+
+    def bind(self, function: str, feeds: Mapping[str, Array]) -> Callable[[], list[Array]]:
+        """A callable without arguments: `function` on these very arrays, which the caller may change."""
+
+    def call(self, function: str, feeds: Mapping[str, Array]) -> list[Array]:
+        """One call on arrays of any place in memory."""
+
+    def use_threads(self, count: int) -> None:
+        """How many threads the kernels may use from now on."""
+
+    def close(self) -> None:
+        """Releases everything."""
+
+
 class TvmSession(CheckedSession):
     """One compiled library. Use `open`; the arguments are those of CheckedSession and what `open` loaded."""
 
     def __init__(
-        self, loaded: Loaded, artifact: Artifact, limits: Limits, *, threads: int | None = None, timing: bool = False
+        self, loaded: Library, artifact: Artifact, limits: Limits, *, threads: int | None = None, timing: bool = False
     ) -> None:
         super().__init__(artifact, limits, timing=timing)
-        self._loaded: Loaded | None = loaded
+        self._loaded: Library | None = loaded
         self._threads = threads or usable_cores()
-        self.effective = loaded.effective
+        self.effective, self.stand_in = loaded.effective, loaded.stand_in
         self._names = [spec.name for spec in artifact.outputs]
-        self._bound: dict[int, tuple[Array, Any]] = {}
+        self._bound: dict[int, tuple[Array, Callable[[], list[Array]]]] = {}
         if artifact.states:
             self._history = History(limits.capacity)
             self._bind_states()
@@ -52,11 +73,12 @@ class TvmSession(CheckedSession):
     def open(cls, bundle: Bundle, artifact: Artifact, *, threads: int | None = None, timing: bool = False) -> Self:
         """Loads the library and maps the weights. `threads` None uses every core that this process may run on.
 
-        Raises WrongMachine for the code of another processor, BackendUnavailable for that of another device,
-        BrokenLibrary.
+        Raises WrongMachine where this processor lacks an extension, BackendUnavailable for another processor's code
+        without an emulator or another device's, BrokenLibrary, BrokenParameters.
         """
         check_machine(artifact)
-        return cls(Loaded(bundle, artifact), artifact, limits_of(bundle, artifact), threads=threads, timing=timing)
+        loaded: Library = Emulated(bundle, artifact) if is_foreign(artifact) else Loaded(bundle, artifact)
+        return cls(loaded, artifact, limits_of(bundle, artifact), threads=threads, timing=timing)
 
     def _bind_states(self) -> None:
         loaded = self._loaded
@@ -74,14 +96,16 @@ class TvmSession(CheckedSession):
         self._loaded.use_threads(self._threads)
         try:
             results = self._steps(feeds) if self._bound else self._whole(feeds)
+        except Fault:
+            raise
         except Exception as error:
             raise _fault(error, self._where) from error
         if self.timing:
             self.last_run_seconds = time.perf_counter() - start
-        return {name: np.from_dlpack(value) for name, value in zip(self._names, results, strict=False)}
+        return dict(zip(self._names, results, strict=True))
 
-    def _steps(self, feeds: dict[str, Array]) -> Any:
-        results = None
+    def _steps(self, feeds: dict[str, Array]) -> list[Array]:
+        results: list[Array] = []
         for ids, last in self._history.runs(feeds["ids"], self.position, list(self._bound)):
             given, run = self._bound[ids.shape[1]]
             given[:] = ids
@@ -89,7 +113,7 @@ class TvmSession(CheckedSession):
             results = run()
         return results
 
-    def _whole(self, feeds: dict[str, Array]) -> Any:
+    def _whole(self, feeds: dict[str, Array]) -> list[Array]:
         assert self._loaded is not None
         return self._loaded.call("run", feeds)
 
@@ -97,6 +121,8 @@ class TvmSession(CheckedSession):
         """Nothing to clear: slots beyond the position are never read, and a position's slot is written before use."""
 
     def _close(self) -> None:
+        if self._loaded is not None:
+            self._loaded.close()
         self._loaded = None
         self._bound.clear()
 
@@ -104,10 +130,11 @@ class TvmSession(CheckedSession):
 class Loaded:
     """A library in TVM's virtual machine, with its weights."""
 
+    stand_in: str | None = None
+
     def __init__(self, bundle: Bundle, artifact: Artifact) -> None:
         import tvm
 
-        where = f"{artifact.component} ({artifact.label})"
         path = bundle.file(artifact.model)
         self._weights = {
             name: tvm.runtime.from_dlpack(values)
@@ -118,7 +145,7 @@ class Loaded:
             self._machine = tvm.relax.VirtualMachine(self.library, tvm.cpu())
         except Exception as error:
             raise BrokenLibrary(f"TVM cannot load it: {error}", str(path), "Fetch or build the bundle again") from error
-        self._where = where
+        self._count = len(artifact.outputs)
         self._arguments = {name: self._names_of(name) for name in artifact.options["functions"].values()}
         self._check_weights(artifact)
         self._configure = tvm.get_global_func("runtime.config_threadpool")
@@ -140,14 +167,23 @@ class Loaded:
                 "Fetch or build the bundle again",
             )
 
-    def bind(self, function: str, feeds: Mapping[str, Array]) -> Any:
-        """A callable without arguments: `function` on these very arrays, which the caller may change."""
+    def bind(self, function: str, feeds: Mapping[str, Array]) -> Callable[[], list[Array]]:
+        """See Library."""
         self._machine.save_function(function, f"{function} bound", *self._arguments_from(function, feeds))
-        return self._machine[f"{function} bound"]
+        bound = self._machine[f"{function} bound"]
+        return lambda: self._outputs(bound())
 
-    def call(self, function: str, feeds: Mapping[str, Array]) -> Any:
-        """One call on arrays of any place in memory."""
-        return self._machine[function](*self._arguments_from(function, feeds))
+    def call(self, function: str, feeds: Mapping[str, Array]) -> list[Array]:
+        """See Library."""
+        return self._outputs(self._machine[function](*self._arguments_from(function, feeds)))
+
+    def _outputs(self, results: Any) -> list[Array]:
+        return [np.from_dlpack(results[index]) for index in range(self._count)]
+
+    def close(self) -> None:
+        """See Library."""
+        self._machine = self.library = None
+        self._weights.clear()
 
     def _arguments_from(self, function: str, feeds: Mapping[str, Array]) -> list[Any]:
         import tvm
