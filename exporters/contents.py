@@ -43,7 +43,8 @@ CARDS = ("MODEL_CARD.md", "DATA_CARD.md", "quality.json")
 
 #: Factor on the float32 reference's own noise that an export may reach, and the one below which two logits are a tie.
 NOISE_FACTOR, TIE_FACTOR = 100, 10
-#: Factor on a noise floor's power: KL divergence grows with the square of an error, as signal-to-noise ratios do.
+#: Factor on a noise floor's power: KL divergence grows with the square of an error, as signal-to-noise ratios do. The
+#: share of flipped tokens grows with the error itself.
 FLOOR_FACTOR = 10
 #: Share of positions that may differ where the floor's own share is smaller: the exact mode's.
 LEAST_FLIPS = 0.005
@@ -149,8 +150,8 @@ def tolerances(
             add(component, "export-int8", "psnr_loss", profile.codec_int8_loss_db, source("codec_int8_loss_db"))
     for found in floors:
         for metric, value in found.metrics.items():
-            text = f"{FLOOR_FACTOR} x noise floor: the {found.dtype} reference is at {value:.3g} against float32"
-            add(found.component, f"export-{found.mode}", metric, _above_floor(metric, value), text)
+            text = f"{FLOOR_FACTOR} x the power of the noise floor: the {found.precision} reference is at {value:.3g} against float32"
+            add(found.component, f"export-{found.precision}", metric, _above_floor(metric, value), text)
     return rows
 
 
@@ -159,7 +160,7 @@ def _above_floor(metric: str, value: float) -> float:
     if metric in ("mean_kl", "p999_kl"):
         return FLOOR_FACTOR * value
     if metric == "same_top":
-        return 1 - max(FLOOR_FACTOR * (1 - value), LEAST_FLIPS)
+        return 1 - max(math.sqrt(FLOOR_FACTOR) * (1 - value), LEAST_FLIPS)
     if metric == "ssim":
         return 1 - FLOOR_FACTOR * (1 - value)
     return value - 10 * math.log10(FLOOR_FACTOR)  # decibels

@@ -34,13 +34,13 @@ SHORTEST_PROMPT = 8
 
 
 def write_lm(
-    student: Student, floating: Student | None, capacity: int, path: Path, modes: Collection[str] = ()
+    student: Student, floating: Student | None, capacity: int, path: Path, precisions: Collection[str] = ()
 ) -> tuple[float, list[Floor]]:
     """Writes the language model's golden file.
 
     Args:
         floating: the float student, for the quantisation-loss gate; None leaves it out.
-        modes: those of exporters/noise.py's DTYPES whose noise floor is wanted.
+        precisions: those of exporters/noise.py's DTYPES whose noise floor is wanted.
 
     Returns:
         The noise of the float32 reference itself, the largest difference from its float64 logits as a share of the
@@ -57,9 +57,9 @@ def write_lm(
     _save(tensors, path)
     tie = TIE_FACTOR * noise * np.abs(tensors["logits"]).max()
     floors = []
-    for mode in modes:
-        moved = _forced(build_reference(student, DTYPES[mode]), ids, prompts)
-        floors.append(Floor.of("lm", mode, logit_noise(tensors["logits"], moved, tie)))
+    for precision in precisions:
+        moved = _forced(build_reference(student, DTYPES[precision]), ids, prompts)
+        floors.append(Floor("lm", precision, logit_noise(tensors["logits"], moved, tie)))
     return float(noise), floors
 
 
@@ -103,12 +103,12 @@ def write_codec(
     modality: str,
     programs: Mapping[str, Program],
     folder: Path,
-    modes: Mapping[str, Collection[str]] | None = None,
+    precisions: Mapping[str, Collection[str]] | None = None,
 ) -> tuple[dict[str, str], list[Floor]]:
     """Writes the golden files of a discretizer's encoder and decoder.
 
     Args:
-        modes: component -> those of exporters/noise.py's DTYPES whose noise floor is wanted; decoders alone have one.
+        precisions: component -> those of exporters/noise.py's DTYPES whose noise floor is wanted; decoders alone have one.
 
     Returns:
         component -> file name, and the floors.
@@ -130,7 +130,9 @@ def write_codec(
         written[component] = f"{component}.safetensors"
         _save(tensors, folder / written[component])
         if step is reference.decode:
-            floors += _decoder_floors(student, modality, component, cases, expected, (modes or {}).get(component, ()))
+            floors += _decoder_floors(
+                student, modality, component, cases, expected, (precisions or {}).get(component, ())
+            )
     return written, floors
 
 
@@ -141,17 +143,17 @@ def _decoder_floors(
     component: str,
     cases: Sequence[Tensor],
     expected: Sequence[np.ndarray],
-    modes: Collection[str],
+    precisions: Collection[str],
 ) -> Iterator[Floor]:
     constants = student.modalities[modality].preprocessing
     span = 1.0 / min(constants["std"]) if "std" in constants else 1.0  # pixels of 0..1 become (pixel - mean) / std
-    for mode in modes:
+    for precision in precisions:
         # As torch does it: diffusers' own method warns about modules that this one has not.
-        model = nn.Module.to(student.discretizer(modality), DTYPES[mode])
+        model = nn.Module.to(student.discretizer(modality), DTYPES[precision])
         decode = REFERENCES[type(model).__name__].decode
         moved = [decode(model, case).float().contiguous().numpy() for case in cases]
         pairs = list(zip(expected, moved, strict=True))
-        yield Floor.of(component, mode, signal_noise(modality, pairs, span))
+        yield Floor(component, precision, signal_noise(modality, pairs, span))
 
 
 def _cases(student: Student, modality: str, model: nn.Module, component: str) -> Iterator[tuple[Tensor, Tensor]]:

@@ -13,9 +13,10 @@ import torch
 
 from runtimes.metrics import TopAgreement, flip_margins, kl_divergence, percentile, psnr, si_snr, snr, ssim
 
-#: mode of an artifact -> dtype that the reference takes for its noise floor. A vendor's fast mode computes in bfloat16
-#: where the processor has it.
-DTYPES: Mapping[str, torch.dtype] = {"fp16": torch.float16, "fast": torch.bfloat16}
+#: name of a precision, as gates have it -> dtype that the reference takes for its noise floor
+DTYPES: Mapping[str, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
+#: mode of an artifact -> precisions it may compute in: a vendor's fast mode takes what the processor has
+PRECISIONS: Mapping[str, tuple[str, ...]] = {"exact": (), "fp16": ("fp16",), "fast": ("bf16", "fp16")}
 
 
 @dataclass(frozen=True)
@@ -23,19 +24,13 @@ class Floor:
     """One component's reference in one dtype against itself in float32.
 
     Attributes:
-        mode: of the artifacts that this is the floor of.
-        dtype: as in "float16".
+        precision: a key of DTYPES.
         metrics: metric -> value, the worst over all golden cases.
     """
 
     component: str
-    mode: str
-    dtype: str
+    precision: str
     metrics: Mapping[str, float]
-
-    @classmethod
-    def of(cls, component: str, mode: str, metrics: Mapping[str, float]) -> Floor:
-        return cls(component, mode, str(DTYPES[mode]).removeprefix("torch."), metrics)
 
 
 def logit_noise(reference: np.ndarray, result: np.ndarray, tie: float) -> dict[str, float]:

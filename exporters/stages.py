@@ -9,12 +9,13 @@ from pathlib import Path
 
 from device_profiles.schema import Profile
 from exporters import contents, golden, inheritance
+from exporters.about import about
 from exporters.backends import Job, load_exporter
 from exporters.calibration import calibration_feeds
 from exporters.errors import ExportError
 from exporters.families import capture_student
 from exporters.inheritance import Inheritance
-from exporters.noise import DTYPES, Floor
+from exporters.noise import PRECISIONS, Floor
 from exporters.plan import Entry, Forecast, check_fit, forecast, plan_entries
 from exporters.program import Program
 from exporters.student import Student, load_student
@@ -137,6 +138,7 @@ def export(planned: Planned, folder: Path, progress: Progress) -> tuple[Artifact
                 [(entry.form, entry.mode) for entry in made if entry.backend == backend],
                 lambda component=component: calibration_feeds(planned.student, planned.programs[component]),
                 lambda size, name=component: progress(f"export {name}", size),
+                about(planned.student, planned.capacity),
             )
             written |= {artifact.label: artifact for artifact in load_exporter(backend).export(job)}
         artifacts += [replace(written[entry.label], preferred=entry is made[0]) for entry in made]
@@ -158,23 +160,21 @@ def read_back(planned: Planned, artifacts: Iterable[Artifact], folder: Path, pro
 def write_golden(planned: Planned, folder: Path, progress: Progress) -> tuple[dict[str, str], float, list[Floor]]:
     """Writes the golden files; returns component -> path in the bundle, the float32 reference's relative noise, and
     the noise floors of the other dtypes that artifacts compute in."""
-    modes = {
-        name: sorted({entry.mode for entry in entries if not entry.left_out} & DTYPES.keys())
+    precisions = {
+        name: sorted({each for entry in entries if not entry.left_out for each in PRECISIONS[entry.mode]})
         for name, entries in planned.entries.items()
     }
-    # The vendor's fast modes of a language model also round activations to int8: their limits are the profile's.
-    modes["lm"] = [mode for mode in modes["lm"] if mode != "fast"]
     progress("golden outputs of lm", 0)
     paths = {"lm": "golden/lm.safetensors"}
     noise, floors = golden.write_lm(
-        planned.student, planned.floating, planned.capacity, folder / paths["lm"], modes["lm"]
+        planned.student, planned.floating, planned.capacity, folder / paths["lm"], precisions["lm"]
     )
     for name, modality in planned.student.modalities.items():
         if modality.discretizer is None:
             continue
         progress(f"golden outputs of {name}", 0)
         own = {entry: program for entry, program in planned.programs.items() if entry.startswith(f"{name}_")}
-        written, found = golden.write_codec(planned.student, name, own, folder / "golden", modes)
+        written, found = golden.write_codec(planned.student, name, own, folder / "golden", precisions)
         paths |= {component: f"golden/{file}" for component, file in written.items()}
         floors += found
     return paths, noise, floors

@@ -6,6 +6,7 @@ of this table. Each carries its source; a hand-set one says why.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 EXPORT, LOSS, INHERITANCE = "export", "quantisation-loss", "inheritance"
 #: form of convolutions that the build quantised itself; its gate has the form's name
 INT8 = "int8"
+#: what a runtime calls a half precision -> the gate's name for it
+_HALVES = {"bf16": "bf16", "f16": "fp16"}
 
 
 @dataclass(frozen=True)
@@ -71,14 +74,22 @@ def is_quantised(artifact: Artifact) -> bool:
     return weight_class(artifact).startswith(("int", "uint"))
 
 
-def export_gate(artifact: Artifact) -> str:
-    """The name of the export-parity gate: "export" in exact mode, else "export-" and the mode, or the form "int8"."""
+def export_gate(artifact: Artifact, effective: Mapping[str, str] | None = None) -> str:
+    """The name of the export-parity gate: "export" in exact mode, else "export-" and the precision, form or mode.
+
+    Args:
+        effective: what the loaded model computes in, as its session says. A fast mode that turns out to compute in
+            bfloat16 or float16 is held to that precision's noise floor, any other to the limits of "export-fast".
+    """
     if artifact.form == INT8:
         return f"{EXPORT}-{INT8}"
-    return EXPORT if artifact.mode == "exact" else f"{EXPORT}-{artifact.mode}"
+    if artifact.mode == "exact":
+        return EXPORT
+    half = _HALVES.get((effective or {}).get("precision", ""), artifact.mode)
+    return f"{EXPORT}-{half if artifact.mode == 'fast' else artifact.mode}"
 
 
-def export_limits(bundle: Bundle, artifact: Artifact) -> dict[str, Limit]:
+def export_limits(bundle: Bundle, artifact: Artifact, gate: str) -> dict[str, Limit]:
     """The metrics of an artifact's export gate, each with its limit."""
     in_full = artifact.precision.get("activations", "float32") == "float32"
     if artifact.component == "lm":
@@ -91,7 +102,7 @@ def export_limits(bundle: Bundle, artifact: Artifact) -> dict[str, Limit]:
         defaults = _SIGNAL_INT8 if artifact.form == INT8 else full
         other = {"image_decoder": ("si_snr",), "audio_decoder": ("psnr", "ssim", "psnr_loss")}[artifact.component]
         defaults = {metric: limit for metric, limit in defaults.items() if metric not in other}
-    return _from_manifest(bundle, artifact.component, export_gate(artifact), defaults)
+    return _from_manifest(bundle, artifact.component, gate, defaults)
 
 
 def loss_limits(bundle: Bundle, artifact: Artifact) -> dict[str, Limit]:

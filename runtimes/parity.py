@@ -71,23 +71,25 @@ def check(bundle: Bundle, selection: Selection = ALL) -> list[Result]:
 
 def check_artifact(bundle: Bundle, artifact: Artifact, selection: Selection = ALL) -> list[Result]:
     """The export gate of one artifact. Its faults fail the rows; a backend that is not here leaves them pending."""
-    limits, gate = export_limits(bundle, artifact), export_gate(artifact)
+    gate, machine, note = export_gate(artifact), selection.stand_in, ""
     compare = {"lm": compare_lm, "decoder": compare_decoder, "encoder": compare_encoder}
+    found: Mapping[str, Found] | None = None
     try:
         with open_session(bundle, artifact, selection.threads) as session:
+            gate, machine = export_gate(artifact, session.effective), session.stand_in or selection.stand_in
+            note = ", ".join(f"{key} {value}" for key, value in session.effective.items())
             found = compare[artifact.component.split("_")[-1]](bundle, session)
-            machine = session.stand_in or selection.stand_in
-            effective = ", ".join(f"{key} {value}" for key, value in session.effective.items())
     except BackendUnavailable as error:
+        limits = export_limits(bundle, artifact, gate)
         rows = _rows(artifact, gate, limits, dict.fromkeys(limits, Found(None, str(error))))
         return [replace(row, status="pending-device") for row in rows]
     except Fault as error:
-        found = dict.fromkeys(limits, Found(None, str(error)))
-        machine, effective = selection.stand_in, ""
-    if effective:
-        found = {
-            metric: replace(value, where=f"{value.where}; computed in {effective}") for metric, value in found.items()
-        }
+        reason = str(error)
+    limits = export_limits(bundle, artifact, gate)
+    if found is None:
+        found = dict.fromkeys(limits, Found(None, reason))
+    if note:
+        found = {metric: replace(each, where=f"{each.where}; computed in {note}") for metric, each in found.items()}
     return _rows(artifact, gate, limits, found, machine)
 
 

@@ -11,12 +11,14 @@ import torch
 from torch.fx import Interpreter, Node
 
 from exporters import ops
-from exporters.noise import DTYPES
 from exporters.program import Program
 
 #: Share of a node's largest value by which an artifact may differ where no noise floor is larger: the export gate's
 #: limit for float32; rounding of one float16 value; what int8 activations cost a matrix product.
 LEAST = {"exact": 1e-4, "fp16": 2e-3, "fast": 5e-2}
+#: mode of an artifact -> dtype that the reference's values are rounded to, for the noise of each node. What a fast
+#: mode computes in is the vendor's choice: the coarsest that it may take.
+ROUNDING = {"fp16": torch.float16, "fast": torch.bfloat16}
 #: Factor on a node's own noise in the artifact's dtype.
 FACTOR = 10
 
@@ -93,7 +95,7 @@ class Reference:
     def __init__(self, program: Program, mode: str) -> None:
         """``mode`` of the artifact that it is compared with decides on the dtype of the noise floor."""
         self._program, self._mode = program, mode
-        self._states = {dtype: _zeros(program) for dtype in (None, DTYPES.get(mode))}
+        self._states = {dtype: _zeros(program) for dtype in (None, ROUNDING.get(mode))}
 
     def step(self, feeds: Mapping[str, np.ndarray]) -> dict[str, NodeValue]:
         """Every watched node's value in one run.
@@ -102,7 +104,7 @@ class Reference:
             feeds: the caller's inputs, "last" among them where the program has it.
         """
         exact = self._run(feeds, None)
-        rounding = DTYPES.get(self._mode)
+        rounding = ROUNDING.get(self._mode)
         moved = exact if rounding is None else self._run(feeds, rounding)
         return {
             name: NodeValue(value, max(LEAST[self._mode], FACTOR * _relative(value, moved[name])))

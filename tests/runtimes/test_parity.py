@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 from runtimes.bundle import Bundle, load_bundle
 from runtimes.errors import Fault
+from runtimes.gates import export_gate
 from runtimes.parity import Selection, check, main
 from runtimes.report import Result, read_report
 from tests.runtimes.bundle_edits import copy_bundle, edit_fields, edit_golden
@@ -213,3 +215,13 @@ def test_a_changed_file_is_refused_before_it_is_loaded(folder: Path, capsys: pyt
     assert main([str(folder)]) == 2
     assert "SHA-256" in capsys.readouterr().err
     assert not (folder / "report.json").exists()
+
+
+def test_the_gate_of_a_fast_mode_follows_what_it_computes_in(tiny_bundle: Path) -> None:
+    artifact = load_bundle(tiny_bundle).artifact("lm", mode="fast")
+    assert export_gate(artifact) == export_gate(artifact, {"precision": "f32"}) == "export-fast"
+    assert export_gate(artifact, {"precision": "bf16"}) == "export-bf16"
+    assert export_gate(artifact, {"precision": "f16"}) == "export-fp16"
+    exact = load_bundle(tiny_bundle).artifact("lm", mode="exact")
+    assert export_gate(exact, {"precision": "bf16"}) == "export"  # never a way around its limits
+    assert export_gate(replace(artifact, form="int8"), {"precision": "bf16"}) == "export-int8"
