@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -29,7 +29,7 @@ EXPORTERS: Mapping[str, tuple[str, str, str]] = {
     "onnx": ("exporters.onnx_", "OnnxExporter", "onnx"),
     "openvino": ("exporters.openvino_", "OpenVinoExporter", "openvino"),
     "tvm": ("exporters.tvm_", "TvmExporter", "tvm"),
-    # "coreml": ("exporters.coreml_", "CoreMlExporter", "coreml"),
+    "coreml": ("exporters.coreml_", "CoreMlExporter", "coreml"),
 }
 
 
@@ -55,6 +55,7 @@ class Job:
         samples: feeds of the program made from the student's own pictures and recordings, for calibration; empty for
             the language model.
         progress: called with the bytes of what is written.
+        about: what an app needs to know of the student (exporters/about.py).
     """
 
     program: Program
@@ -63,6 +64,7 @@ class Job:
     kinds: Sequence[Kind]
     samples: Callable[[], Iterator[Feeds]] = field(default=_no_samples)
     progress: Callable[[int], None] = field(default=_nothing)
+    about: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Exporter(Protocol):
