@@ -93,17 +93,18 @@ Unscaled unscaled(const float* x, const QuantizedWeight& w, const Layout& layout
   return {rows, sums};
 }
 
-// kRows rows of x against kWide panels from `panel` on. Two sums each, over even and odd columns, hide the latency.
+// kRows rows of x against kWide panels from `panel` on. Several sums each, over every second or fourth column, hide the
+// latency.
 template <int kBits, int kRows, int kWide>
 void exact_product(const Unscaled& x, const QuantizedWeight& w, const Layout& layout, int64_t panel,
                    const float* bias, float* y, int count) {
-  constexpr int kVectors = kWide * kParts, kWord = per_word(kBits);
+  constexpr int kVectors = kWide * kParts, kWord = per_word(kBits), kChains = kRows * kVectors <= 2 ? 4 : 2;
   const int64_t padded = layout.blocks * w.block;
   const int words = w.block / kWord;
   const uint32_t* codes = w.codes + panel * layout.words * kPanel;
   Float result[kRows][kVectors] = {};
   for (int64_t g = 0; g < layout.blocks; ++g) {
-    Float total[kRows][kVectors][2] = {};
+    Float total[kRows][kVectors][kChains] = {};
     for (int j = 0; j < words; ++j) {
       const int64_t word = g * words + j;
 #pragma GCC unroll 4
@@ -114,7 +115,7 @@ void exact_product(const Unscaled& x, const QuantizedWeight& w, const Layout& la
           const Float code = scaled_code<kBits>(packed, c);
 #pragma GCC unroll 4
           for (int r = 0; r < kRows; ++r)
-            total[r][v][c % 2] += code * splat(x.rows[r * padded + word * kWord + c]);
+            total[r][v][c % kChains] += code * splat(x.rows[r * padded + word * kWord + c]);
         }
       }
     }
@@ -123,8 +124,11 @@ void exact_product(const Unscaled& x, const QuantizedWeight& w, const Layout& la
       const int64_t at = ((panel + v / kParts) * layout.blocks + g) * kPanel + v % kParts * kLanes;
       const Float scale = load(w.scales + at), zero = zero_points(w, at);
 #pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r)
-        result[r][v] += (total[r][v][0] + total[r][v][1] - zero * x.sums[r * layout.blocks + g]) * scale;
+      for (int r = 0; r < kRows; ++r) {
+        Float all = total[r][v][0] + total[r][v][1];
+        for (int c = 2; c < kChains; ++c) all += total[r][v][c];
+        result[r][v] += (all - zero * x.sums[r * layout.blocks + g]) * scale;
+      }
     }
   }
   for (int r = 0; r < kRows; ++r)
@@ -166,8 +170,6 @@ struct Rounded {
 struct RoundedRows;
 struct RoundedScales;
 
-using Bytes = int8_t __attribute__((vector_size(kLanes)));
-
 Rounded rounded(const float* x, const QuantizedWeight& w, const Layout& layout, int m) {
   const int64_t padded = layout.blocks * w.block, blocks = layout.blocks;
   int8_t* rows = scratch<RoundedRows, int8_t>(static_cast<size_t>(padded * m));
@@ -192,8 +194,7 @@ Rounded rounded(const float* x, const QuantizedWeight& w, const Layout& layout, 
         // Rounded to nearest, halves to even, as the current mode has it.
         const Float value = (load_up_to(from + c, count) * inverse + kRounder) - kRounder;
         total += value;
-        const auto bytes = __builtin_convertvector(to_int(value), Bytes);
-        std::memcpy(to + c, &bytes, static_cast<size_t>(count));
+        store_bytes(to + c, to_int(value), count);
       });
       scales[r * blocks + g] = largest / 127.0f;
       sums[r * blocks + g] = sum(total);
@@ -206,12 +207,13 @@ void fast_product(const Rounded& x, const QuantizedWeight& w, const Layout& layo
                   float* y, int count) {
   constexpr int kVectors = kWide * kParts, kWord = per_word(kBits);
   constexpr uint32_t kMask = ((1u << kBits) - 1) * 0x01010101u;
+  constexpr int kChains = kRows * kVectors <= 2 ? 2 : 1;
   const int64_t padded = layout.blocks * w.block, blocks = layout.blocks;
   const int words = w.block / kWord;
   const uint32_t* codes = w.codes + panel * layout.words * kPanel;
   Float result[kRows][kVectors] = {};
   for (int64_t g = 0; g < blocks; ++g) {
-    Int total[kRows][kVectors] = {};
+    Int total[kRows][kVectors][kChains] = {};
     for (int j = 0; j < words; ++j) {
       const int64_t word = g * words + j;
 #pragma GCC unroll 4
@@ -224,7 +226,8 @@ void fast_product(const Rounded& x, const QuantizedWeight& w, const Layout& layo
           for (int r = 0; r < kRows; ++r) {
             int32_t activations;
             std::memcpy(&activations, x.rows + r * padded + word * kWord + 4 * i, 4);
-            total[r][v] = dot4<kBits>(total[r][v], four, splat(activations));
+            Int& sum = total[r][v][i % kChains];
+            sum = dot4<kBits>(sum, four, splat(activations));
           }
         }
       }
@@ -235,8 +238,11 @@ void fast_product(const Rounded& x, const QuantizedWeight& w, const Layout& layo
       const Float scale = load(w.scales + at);
       const Float zero = zero_points(w, at) - static_cast<float>(dot_offset<kBits>());
 #pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r)
-        result[r][v] += (to_float(total[r][v]) - zero * x.sums[r * blocks + g]) * (scale * x.scales[r * blocks + g]);
+      for (int r = 0; r < kRows; ++r) {
+        Int all = total[r][v][0];
+        for (int c = 1; c < kChains; ++c) all += total[r][v][c];
+        result[r][v] += (to_float(all) - zero * x.sums[r * blocks + g]) * (scale * x.scales[r * blocks + g]);
+      }
     }
   }
   for (int r = 0; r < kRows; ++r)
@@ -250,6 +256,9 @@ void fast_product(const Rounded& x, const QuantizedWeight& w, const Layout& layo
 // Panels that one call of a product for few rows takes: as many sums as hide the latency and fit the registers.
 constexpr int wide_for(int rows) { return kLanes == 16 ? (rows == 1 ? 4 : 2) : kLanes == 8 && rows == 1 ? 2 : 1; }
 
+// Above this, codes come from memory and are taken panel by panel: one stream, which the prefetcher follows.
+constexpr int64_t kNearBytes = 1 << 20;
+
 template <class Prepared>
 using Product = void (*)(const Prepared&, const QuantizedWeight&, const Layout&, int64_t, const float*, float*, int);
 
@@ -257,9 +266,10 @@ using Product = void (*)(const Prepared&, const QuantizedWeight&, const Layout&,
 template <int kWide, class Prepared>
 void over_panels(Product<Prepared> wide, Product<Prepared> narrow, const Prepared& x, const QuantizedWeight& w,
                  const Layout& layout, Range part, const float* bias, float* y) {
+  const bool near = (part.end - part.begin) * layout.words * 4 <= kNearBytes;
   for (int64_t n = part.begin; n < part.end;) {
     const int64_t left = part.end - n;
-    const bool all = left > (kWide - 1) * kPanel;
+    const bool all = near && left > (kWide - 1) * kPanel;
     (all ? wide : narrow)(x, w, layout, n / kPanel, bias ? bias + n : nullptr, y + n, static_cast<int>(left));
     n += all ? kWide * kPanel : kPanel;
   }

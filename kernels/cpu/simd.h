@@ -115,10 +115,33 @@ EDGE_INLINE float sum(Float value) {
   return pairs[0] + pairs[1];
 }
 
-// Bytes to floats, one a lane.
+// Bytes to floats, one a lane. Written out, since GCC 12 converts vectors of bytes one by one; the masked forms of
+// AVX-512 because it warns of the others.
 EDGE_INLINE Float from_bytes(const uint8_t* from) {
-  using Bytes = uint8_t __attribute__((vector_size(kLanes)));
-  return to_float(__builtin_convertvector(load<Bytes>(from), Int));
+#if defined(__AVX512F__)
+  const __m128i bytes = load<__m128i>(from);
+  return to_float(reinterpret_cast<Int>(_mm512_maskz_cvtepu8_epi32(0xffff, bytes)));
+#elif defined(__AVX2__)
+  return to_float(reinterpret_cast<Int>(_mm256_cvtepu8_epi32(_mm_set1_epi64x(load<int64_t>(from)))));
+#elif defined(__ARM_NEON)
+  const uint16x8_t wide = vmovl_u8(vreinterpret_u8_u32(vdup_n_u32(load<uint32_t>(from))));
+  return to_float(reinterpret_cast<Int>(vmovl_u16(vget_low_u16(wide))));
+#endif
+}
+
+// The first `count` lanes, each in [-128, 127], as bytes.
+EDGE_INLINE void store_bytes(int8_t* to, Int value, int count) {
+#if defined(__AVX512F__)
+  const auto bytes = _mm512_maskz_cvtepi32_epi8(0xffff, reinterpret_cast<__m512i>(value));
+#elif defined(__AVX2__)
+  const __m256i all = reinterpret_cast<__m256i>(value);
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+  const auto bytes = _mm_packs_epi16(words, words);
+#elif defined(__ARM_NEON)
+  const int16x4_t words = vmovn_s32(reinterpret_cast<int32x4_t>(value));
+  const auto bytes = vmovn_s16(vcombine_s16(words, words));
+#endif
+  std::memcpy(to, &bytes, static_cast<size_t>(count));
 }
 
 // IEEE half precision to floats.
