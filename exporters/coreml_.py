@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from exporters import coreml_package as package
 from exporters import ops
@@ -60,6 +61,11 @@ class CoreMlExporter:
             reasons.append(f"profile {profile.name} has no Core ML (coreml_target)")
         elif profile.coreml_target not in TARGETS:
             reasons.append(f"coreml_target {profile.coreml_target} is not one of {', '.join(TARGETS)}")
+        if kind[1] == "fp16" and (searches := _searches(program)) > 1:
+            reasons.append(
+                f"{program.entry}: {searches} searches, each of what the one before it left: in float16 most codes are "
+                "others, in PyTorch too"
+            )
         return reasons + [f"{program.entry}: {reason}" for reason in _refused(program)]
 
     def export(self, job: Job) -> tuple[Artifact, ...]:
@@ -125,6 +131,13 @@ def _refused(program: Program) -> list[str]:
         if node.target == ops.kv_attention.overload and (batch := node.args[3].meta["val"].shape[0]) != 1:
             reasons.append(f"node {node.name}: the cache is written for one row, not {batch}")
     return reasons
+
+
+def _searches(program: Program) -> int:
+    """How many times the nearest entry of a codebook is looked for."""
+    aten = torch.ops.aten
+    found = (aten.argmin.default, aten.argmax.default, aten.max.dim, aten.min.dim)
+    return sum(node.target in found for node in program.exported.graph.nodes)
 
 
 def _known(target: Any, registry: Any, spelled: Callable[[str], str]) -> bool:

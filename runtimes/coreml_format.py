@@ -85,7 +85,8 @@ def decode(message: str, data: bytes | memoryview, depth: int = 0) -> dict[str, 
     """
     if depth > _DEPTH:
         raise ValueError("nested too deeply")
-    schema, out = SCHEMA[message], {}
+    schema = SCHEMA[message]
+    out: dict[str, Any] = {}
     for number, wire, value in _fields(memoryview(data)):
         if number not in schema:
             continue
@@ -184,7 +185,8 @@ class Weights:
     """weight.bin; each constant is read once, however many functions share it."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._held = path, {}
+        self._path = path
+        self._held: dict[tuple[int, str, tuple[int, ...]], Array] = {}
         try:
             self._data = np.fromfile(path, np.uint8) if path.exists() else np.zeros(0, np.uint8)
         except OSError as error:
@@ -202,7 +204,7 @@ class Weights:
         self._check_header()
         if offset % 64 or offset + _RECORD.size > len(self._data):
             raise self._wrong(f"no constant at {offset} of {len(self._data)} bytes")
-        sentinel, kind, size, start = _RECORD.unpack_from(self._data, offset)
+        sentinel, kind, size, start = _RECORD.unpack(self._data[offset : offset + _RECORD.size].tobytes())
         if sentinel != _SENTINEL or BLOB_TYPES.get(kind) != dtype:
             raise self._wrong(f"the constant at {offset} is not {dtype}")
         bits = next(width for name, width in TYPES.values() if name == dtype)

@@ -54,7 +54,7 @@ class Function:
         strict: raise Float16Overflow where it happens, rather than going on with infinities.
     """
 
-    def __init__(self, program: Program, shared: dict[Any, Array], *, strict: bool = True) -> None:
+    def __init__(self, program: Program, shared: dict[Any, Any], *, strict: bool = True) -> None:
         self.name, self.inputs, self.outputs, self.states = (
             program.name, program.inputs, program.outputs, program.states
         )  # fmt: skip
@@ -83,11 +83,11 @@ class Function:
                 names.append((key, value))
         step = Step(operation, OPS.get(operation.type, _nothing), constants, tuple(names))
         if operation.type.startswith("constexpr_"):
-            key = (operation.type, *(id(value) for value in constants.values()), operation.outputs[0][1])
-            if key not in self._shared:
-                # The arguments stay alive with their result: an id is only theirs while they are.
-                self._shared[key] = (self._call(step, {})[0], constants)
-            self._constants[operation.outputs[0][0]] = self._shared[key][0]
+            # The arguments stay alive with their result: an id is only theirs while they are.
+            held = (operation.type, *(id(value) for value in constants.values()), operation.outputs[0][1])
+            if held not in self._shared:
+                self._shared[held] = self._call(step, {})[0], constants
+            self._constants[operation.outputs[0][0]] = self._shared[held][0]
         else:
             self._steps.append(step)
 
@@ -199,7 +199,7 @@ class Interpreter:
         self._states: dict[str, Array] = {}
         half = any(function.half for function in self._functions.values())
         precision = "float32, rounded to float16 after every operator that says so" if half else "float32"
-        self.stand_in = f"an interpreter of the saved package ({precision})"
+        self.stand_in: str | None = f"an interpreter of the saved package ({precision})"
         self.effective = {"precision": precision}
         self.reset()
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-Array = np.ndarray[Any, Any]
+Array = Any  # numpy's own types know no index of an ellipsis and slices
 Lowered = Callable[..., Any]
 
 
@@ -165,12 +165,10 @@ def conv(
     batch, rows = x.shape[0], weight.shape[0] // count
     inputs = x.reshape(batch, count, -1, *x.shape[2:])
     taps = weight.reshape(count, rows, -1, *kernel)
-    total = np.zeros((batch, count, rows, math.prod(sizes)), np.float32)
+    total: Array = np.zeros((batch, count, rows, math.prod(sizes)), np.float32)
     for tap in itertools.product(*map(range, kernel)):
-        window: tuple[Any, ...] = tuple(
-            slice(t * d, t * d + (n - 1) * s + 1, s) for t, d, n, s in zip(tap, spread, sizes, steps, strict=True)
-        )
-        total += taps[(..., *tap)] @ inputs[(..., *window)].reshape(batch, count, -1, math.prod(sizes))
+        window = inputs[(..., *_taken(tap, spread, sizes, steps))]
+        total += taps[(..., *tap)] @ window.reshape(batch, count, -1, math.prod(sizes))
     y = total.reshape(batch, -1, *sizes)
     return y if bias is None else y + np.asarray(bias).reshape(-1, *[1] * len(sizes))
 
@@ -192,6 +190,12 @@ def _padding(
     return lower, [t - low for t, low in zip(total, lower, strict=True)]
 
 
+def _taken(tap: tuple[int, ...], spread: list[int], sizes: Sequence[int], steps: list[int]) -> Iterator[slice]:
+    """Along each axis, the places that one tap of a kernel meets."""
+    for at, distance, count, step in zip(tap, spread, sizes, steps, strict=True):
+        yield slice(at * distance, at * distance + (count - 1) * step + 1, step)
+
+
 def conv_transpose(
     x: Array, weight: Array, bias: Any = None, pad: Any = None, output_shape: Any = None, pad_type: str = "valid",
     strides: Any = None, dilations: Any = None, groups: Any = 1,
@@ -205,14 +209,13 @@ def conv_transpose(
     batch, sizes = x.shape[0], x.shape[2:]
     whole = [(n - 1) * s + d * (k - 1) + 1 for n, s, d, k in zip(sizes, steps, spread, kernel, strict=True)]
     inputs = x.reshape(batch, count, -1, math.prod(sizes))
-    taps = np.swapaxes(weight.reshape(count, -1, *weight.shape[1:]), 1, 2)
-    total = np.zeros((batch, count, weight.shape[1], *whole), np.float32)
+    taps: Array = np.swapaxes(weight.reshape(count, -1, *weight.shape[1:]), 1, 2)
+    total: Array = np.zeros((batch, count, weight.shape[1], *whole), np.float32)
     for tap in itertools.product(*map(range, kernel)):
-        window = tuple(
-            slice(t * d, t * d + (n - 1) * s + 1, s) for t, d, n, s in zip(tap, spread, sizes, steps, strict=True)
+        total[(..., *_taken(tap, spread, sizes, steps))] += (taps[(..., *tap)] @ inputs).reshape(
+            batch, count, -1, *sizes
         )
-        total[(..., *window)] += (taps[(..., *tap)] @ inputs).reshape(batch, count, -1, *sizes)
-    y = total.reshape(batch, -1, *whole)
+    y: Array = total.reshape(batch, -1, *whole)
     wanted = [n - b - a for n, b, a in zip(whole, before, after, strict=True)]
     if output_shape is not None:  # an output padding: what a longer input would have begun
         wanted = _ints(output_shape)[2:]
