@@ -11,7 +11,7 @@ arguments that the kernels write in place. Discretizers keep their free dimensio
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ from exporters import cpu_layout, ops
 from exporters.backends import Job, Kind
 from exporters.blocks import unpack_bits
 from exporters.inheritance import StoredMatrix
-from exporters.ops.tvm import lowerings
+from exporters.ops.tvm import lowerings, refused_cache
 from exporters.program import Program
 from exporters.traffic import bytes_per_token, stored_precision
 from exporters.tvm_import import Imported, import_program
@@ -58,7 +58,11 @@ class TvmExporter:
 
     def unsupported(self, program: Program, profile: Profile, kind: Kind) -> list[str]:
         """See Exporter."""
-        reasons = []
+        reasons = [
+            f"{program.entry}: state {state.name}: {reason}"
+            for state in program.states
+            if (reason := refused_cache(state.dtype)) is not None
+        ]
         if kind_of(profile) is None:
             reasons.append(f"profile {profile.name} has no tvm_target")
         for node in program.exported.graph.nodes:
@@ -83,7 +87,7 @@ class TvmExporter:
             for imported in functions.values():
                 parameters |= imported.parameters
             files = tuple(path.relative_to(job.out).as_posix() for path in (library, weights, folder / PROGRAM))
-            artifacts.append(_artifact(program, form, mode, files, operators, target, functions))
+            artifacts.append(describe(program, (form, mode), files, operators, target, functions))
         write_parameters(weights, parameters, job.progress)
         build_program(target, folder / PROGRAM)
         return tuple(artifacts)
@@ -113,8 +117,8 @@ class TvmExporter:
         return found
 
 
-def import_functions(program: Program, fast: bool) -> dict[str, Imported]:
-    """Name of a function of the library -> what it computes: one per length of a language model, else one."""
+def import_functions(program: Program, fast: bool, lengths: Sequence[int] = LENGTHS) -> dict[str, Imported]:
+    """Name of a function of the library -> what it computes: one per length of a program with states, else one."""
     kernels = lowerings()
     references = {op.overload: op.reference for op in ops.REGISTRY.values() if op.overload not in kernels}
     imported = import_program(program, kernels, references, fast=fast)
@@ -128,7 +132,7 @@ def import_functions(program: Program, fast: bool) -> dict[str, Imported]:
             # A variable may stand in one function only.
             function=copy_with_new_vars(imported.function.bind_symbolic_vars(dict.fromkeys(symbols, length))),
         )
-        for length in LENGTHS
+        for length in lengths
         if length <= capacity
     }
 
@@ -165,21 +169,21 @@ def _serialised(name: str) -> bytes:
     return len(name.encode()).to_bytes(8, "little") + name.encode()
 
 
-def _artifact(
+def describe(
     program: Program,
-    form: str,
-    mode: str,
+    kind: Kind,
     files: tuple[str, ...],
     operators: Mapping[str, int],
     target: CpuTarget,
     functions: Mapping[str, Imported],
 ) -> Artifact:
+    """The artifact whose library, weights and program are ``files``, relative to the bundle."""
     lengths = {name.removeprefix("run").removeprefix("_"): name for name in functions}
     return Artifact(
         component=program.entry,
         backend=TvmExporter.name,
-        form=form,
-        mode=mode,
+        form=kind[0],
+        mode=kind[1],
         model=files[0],
         files=files,
         inputs=program.inputs,
@@ -187,7 +191,7 @@ def _artifact(
         states=program.states,
         precision={
             "weights": stored_precision(program),
-            "activations": "int8 per block" if mode == "fast" else "float32",
+            "activations": "int8 per block" if kind[1] == "fast" else "float32",
         },
         bytes_per_token=bytes_per_token(program),
         operators=operators,

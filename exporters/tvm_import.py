@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -145,6 +146,11 @@ class Emitter:
             return self.importer.block_builder.emit(relax.op.squeeze(value, [axis]))
         return self.importer.block_builder.emit(relax.op.take(value, relax.const(index, "int64"), axis))
 
+    def largest(self, value: Any, axis: int, keep: bool) -> Any:
+        """The largest values along an axis, and where each first stands."""
+        emit = self.importer.block_builder.emit
+        return self.together(emit(relax.op.max(value, axis, keep)), emit(relax.op.argmax(value, axis, keep)))
+
     def default(self, node: fx.Node) -> Any:
         """What TVM's own importer makes of the node."""
         return self.defaults[node.target.__name__](node)
@@ -196,13 +202,19 @@ def import_program(
     return _closed(module, emitter)
 
 
+@cache
+def _standard_decompositions() -> Mapping[Any, Callable]:
+    """PyTorch's own table, which takes most of a second to make."""
+    return dict(torch.export.default_decompositions().items())
+
+
 def _decomposed(program: Program, lowerings: Mapping[Any, Any], references: Mapping[Any, Callable]) -> ExportedProgram:
-    table = torch.export.default_decompositions()
+    table = dict(_standard_decompositions())
     for op in lowerings:
         table.pop(op, None)
     # TVM resizes where PyTorch would spell out the index of every pixel.
     table.pop(torch.ops.aten.upsample_nearest2d.vec, None)
-    table |= references
+    table.update(references)
     with torch.no_grad():
         return program.exported.run_decompositions(table)
 

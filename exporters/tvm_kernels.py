@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import tvm
@@ -79,9 +80,13 @@ def _link_program(target: CpuTarget, folder: Path, path: Path) -> None:
 def _compile(target: CpuTarget, sources: Sequence[Path], objects: Sequence[Path], folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        for source, kept in zip(sources, objects, strict=True):
-            command = [*FLAGS, *target.variant.flags, *include_flags(), "-c", str(source)]
-            run_compiler(target.compiler, [*command, "-o", str(Path(scratch) / kept.name)])
+        flags = [*FLAGS, *target.variant.flags, *include_flags()]
+
+        def compile_one(source: Path, kept: Path) -> None:
+            run_compiler(target.compiler, [*flags, "-c", str(source), "-o", str(Path(scratch) / kept.name)])
+
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            list(pool.map(compile_one, sources, objects))
         folder.mkdir(exist_ok=True)
         for kept in objects:
             os.replace(Path(scratch) / kept.name, kept)

@@ -19,7 +19,9 @@ _TYPES = {"float32": "F32", "float16": "F16", "uint32": "U32", "int32": "I32", "
           "int8": "I8", "bool": "BOOL"}  # fmt: skip
 
 
-def write_parameters(path: Path, parameters: Mapping[str, Parameter], progress: Callable[[int], None]) -> None:
+def write_parameters(
+    path: Path, parameters: Mapping[str, Parameter], progress: Callable[[int], None] = lambda size: None
+) -> None:
     """Streams the weights to a new file, one at a time."""
     sizes = {name: int(np.prod(p.shape, dtype=np.int64)) * np.dtype(p.dtype).itemsize for name, p in parameters.items()}
     order = sorted(parameters, key=lambda name: (sizes[name] % ALIGNMENT > 0, name))

@@ -22,8 +22,11 @@ from runtimes.tvm_emulated import Emulated
 from runtimes.tvm_files import ALIGNMENT, aligned, check_machine, is_foreign, read_parameters
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from runtimes.bundle import Artifact, Bundle
 
+AGAIN = "Fetch or build the bundle again"
 # TVM's mode of its thread pool that takes the fastest cores.
 _BIG_CORES = 1
 # Thread -> how many threads its pool has.
@@ -77,7 +80,12 @@ class TvmSession(CheckedSession):
         without an emulator or another device's, BrokenLibrary, BrokenParameters.
         """
         check_machine(artifact)
-        loaded: Library = Emulated(bundle, artifact) if is_foreign(artifact) else Loaded(bundle, artifact)
+        loaded: Library
+        if is_foreign(artifact):
+            loaded = Emulated(bundle, artifact)
+        else:
+            files = bundle.file(artifact.model), bundle.file(artifact.options["parameters"])
+            loaded = Loaded(artifact, *files)
         return cls(loaded, artifact, limits_of(bundle, artifact), threads=threads, timing=timing)
 
     def _bind_states(self) -> None:
@@ -132,19 +140,16 @@ class Loaded:
 
     stand_in: str | None = None
 
-    def __init__(self, bundle: Bundle, artifact: Artifact) -> None:
+    def __init__(self, artifact: Artifact, library: Path, parameters: Path) -> None:
         import tvm
 
-        path = bundle.file(artifact.model)
-        self._weights = {
-            name: tvm.runtime.from_dlpack(values)
-            for name, values in read_parameters(bundle.file(artifact.options["parameters"])).items()
-        }
+        read = read_parameters(parameters)
+        self._weights = {name: tvm.runtime.from_dlpack(values) for name, values in read.items()}
         try:
-            self.library = tvm.runtime.load_module(str(path))
+            self.library = tvm.runtime.load_module(str(library))
             self._machine = tvm.relax.VirtualMachine(self.library, tvm.cpu())
         except Exception as error:
-            raise BrokenLibrary(f"TVM cannot load it: {error}", str(path), "Fetch or build the bundle again") from error
+            raise BrokenLibrary(f"TVM cannot load it: {error}", str(library), AGAIN) from error
         self._count = len(artifact.outputs)
         self._arguments = {name: self._names_of(name) for name in artifact.options["functions"].values()}
         self._check_weights(artifact)
@@ -164,7 +169,7 @@ class Loaded:
             raise BrokenLibrary(
                 f"{missing[0]!r} is not among the weights ({len(missing)} missing)",
                 artifact.options["parameters"],
-                "Fetch or build the bundle again",
+                AGAIN,
             )
 
     def bind(self, function: str, feeds: Mapping[str, Array]) -> Callable[[], list[Array]]:

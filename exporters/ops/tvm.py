@@ -18,12 +18,14 @@ from torch import fx
 from exporters import cpu_layout, ops, tvm_fusion
 from exporters.blocks import unpack_bits
 from exporters.cpu_layout import CHANNEL_PANEL, PANEL
+from exporters.errors import ExportError
 from exporters.tvm_fusion import Activation, ConvPlan, arguments
 
 if TYPE_CHECKING:
     from exporters.tvm_import import Emitter
 
 ATEN = torch.ops.aten
+WIDEN = "Capture the language model with float32 states, or choose another backend with --backends."
 #: (the graph's emitter, node) -> the relax expression of its value
 Lowering = Callable[["Emitter", fx.Node], Any]
 
@@ -78,8 +80,15 @@ def _linear(emit: Emitter, node: fx.Node) -> Any:
     return emit.call("edge_linear", [x, weight, emit.value(given["bias"])], [shape], node)
 
 
+def refused_cache(dtype: str) -> str | None:
+    """Why a KV cache of a type cannot be written in place, or None."""
+    return None if dtype == "float32" else f"edge::kv_attention takes float32 caches, not {dtype}"
+
+
 def _kv_attention(emit: Emitter, node: fx.Node) -> Any:
     given = arguments(node)
+    if (reason := refused_cache(str(given["past_key"].meta["val"].dtype).removeprefix("torch."))) is not None:
+        raise ExportError(f"node {node.name}: {reason}", where=f"{emit.program.entry} for tvm", way_out=WIDEN)
     packed = given["key"] is None
     rows = [emit.float32(given[name]) for name in (("query",) if packed else ("query", "key", "value"))]
     caches = [emit.value(given[name]) for name in ("past_key", "past_value")]
@@ -161,6 +170,12 @@ def _select(emit: Emitter, node: fx.Node) -> Any:
     return emit.row(x, axis, given["index"] % size)
 
 
+def _max(emit: Emitter, node: fx.Node) -> Any:
+    """TVM's own form sorts, by a library that the plain runtime does not have."""
+    given = arguments(node)
+    return emit.largest(emit.value(given["self"]), given["dim"], given["keepdim"])
+
+
 def _add(emit: Emitter, node: fx.Node) -> Any:
     plan = tvm_fusion.ending_in(node)
     return emit.default(node) if plan is None else _convolve(emit, plan, node)
@@ -222,6 +237,7 @@ def lowerings() -> dict[torch._ops.OpOverload, Lowering]:
         ATEN.linear.default: _linear,
         ATEN.group_norm.default: _group_norm,
         ATEN.add.Tensor: _add,
+        ATEN.max.dim: _max,
         ATEN.select.int: _select,
         ATEN.div.Tensor: _identity_or_default,
         ATEN.clone.default: _identity_or_default,

@@ -43,7 +43,7 @@ class Runner:
 
 
 #: Every backend that runs here.
-MODULES = ("onnx", "openvino")
+MODULES = ("onnx", "openvino", "tvm", "coreml")
 RUNNERS: dict[str, Runner] = {
     runner.target: runner for module in MODULES for runner in import_module(f"tests.exporters.runners.{module}").RUNNERS
 }
