@@ -20,6 +20,7 @@ from exporters import openvino_observation
 from exporters.backends import Job, Kind
 from exporters.inheritance import StoredMatrix
 from exporters.openvino_convert import Unreadable, convert, read
+from exporters.openvino_int8 import Quantised, quantise
 from exporters.openvino_weights import read_matrices
 from exporters.ops.openvino import CODE_TYPES
 from exporters.program import Program
@@ -43,7 +44,7 @@ class OpenVinoExporter:
         exact, fast, half = ("ir", "exact"), ("ir", "fast"), ("ir", "fp16")
         if program.entry == "lm":
             return exact, fast, half
-        return exact, half
+        return (exact, half, ("int8", "fast")) if program.entry.endswith("_decoder") else (exact, half)
 
     def unsupported(self, program: Program, profile: Profile, kind: Kind) -> list[str]:
         """See Exporter. The whole graph is read, without weights."""
@@ -66,12 +67,13 @@ class OpenVinoExporter:
         written: dict[str, Path] = {}
         artifacts = []
         for form, mode in job.kinds:
-            half = mode == "fp16"
-            stem = f"{job.program.entry}.{'fp16' if half else form}"
+            stem = f"{job.program.entry}.{'fp16' if mode == 'fp16' else form}"
+            quantised = quantise(model, job.samples(), job.program.entry) if form == "int8" else None
             if stem not in written:
                 written[stem] = folder / f"{stem}.xml"
-                ov.save_model(model, written[stem], compress_to_fp16=half)
-            artifacts.append(_artifact(job, (form, mode), written[stem]))
+                chosen = model if quantised is None else quantised.model
+                ov.save_model(chosen, written[stem], compress_to_fp16=mode == "fp16")
+            artifacts.append(_artifact(job, (form, mode), written[stem], quantised))
         return tuple(artifacts)
 
     def read_matrices(self, folder: Path, artifact: Artifact, program: Program) -> Mapping[str, StoredMatrix]:
@@ -85,7 +87,7 @@ class OpenVinoExporter:
         return openvino_observation.observe(folder, artifact, program, nodes, out)
 
 
-def _artifact(job: Job, kind: Kind, path: Path) -> Artifact:
+def _artifact(job: Job, kind: Kind, path: Path, quantised: Quantised | None) -> Artifact:
     program, (form, mode) = job.program, kind
     files = tuple(file.relative_to(job.out).as_posix() for file in (path, path.with_suffix(".bin")))
     operators = Counter(node.get_type_name() for node in ov.Core().read_model(path).get_ops())
@@ -99,17 +101,29 @@ def _artifact(job: Job, kind: Kind, path: Path) -> Artifact:
         inputs=program.inputs,
         outputs=program.outputs,
         states=program.states,
-        precision=_precision(program, kind),
+        precision=_precision(program, kind, quantised),
         bytes_per_token=bytes_per_token(program),
         operators=dict(sorted(operators.items())),
         preferred=False,
         runtime={"openvino": RELEASE},
-        options={"device": "CPU"},
+        options={"device": getattr(job.profile, "openvino_device", None) or "CPU"}
+        | (
+            {}
+            if quantised is None
+            else {"float_layers": list(quantised.floating), "snr_db": round(quantised.snr_db, 2)}
+        ),
     )
 
 
-def _precision(program: Program, kind: Kind) -> dict[str, str]:
+def _precision(program: Program, kind: Kind, quantised: Quantised | None) -> dict[str, str]:
     weights = stored_precision(program)
+    if quantised is not None:
+        kept = ", ".join(quantised.floating)
+        layers = f"{quantised.convolutions - len(quantised.floating)} of {quantised.convolutions} convolutions"
+        return {
+            "weights": f"int8 in {layers}" + (f"; float32: {kept}" if kept else ""),
+            "activations": "int8 into those convolutions, else the plugin's choice",
+        }
     if kind[1] == "fp16":
         return {"weights": weights.replace("float32", "float16"), "activations": "float16"}
     return {"weights": weights, "activations": "float32" if kind[1] == "exact" else "the plugin's choice"}

@@ -267,6 +267,13 @@ def _name_values(model: ov.Model, origins: Mapping[str, str]) -> None:
     computed = [node for node in model.get_ordered_ops() if node.get_type_name() not in ("Parameter", "Result")]
     for output in (output for node in computed for output in node.outputs()):
         output.set_names({value_name(names[name]) for name in output.get_names() if name in names})
+    taken: set[str] = set()
+    for node in computed:  # the reader calls a node "<name in its graph>/<operator>/<type>"
+        name, slash, rest = node.get_friendly_name().partition("/")
+        wanted = f"{origins[name]}/{rest}" if slash and name in origins else node.get_friendly_name()
+        label = wanted if wanted not in taken else f"{wanted}#{len(taken)}"
+        taken.add(label)
+        node.set_friendly_name(label)
 
 
 def value_name(node: str) -> str:

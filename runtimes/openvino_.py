@@ -168,17 +168,25 @@ def _text(value: Any) -> str:
 
 
 def _check_device(core: Any, device: str, where: str) -> None:
-    """A device string such as "CPU", "GPU.0", or "AUTO:NPU,CPU", of which the first one counts."""
-    first = device.split(":")[-1].split(",")[0].split("(")[0]
+    first = _first(device)
     here = core.available_devices
     if not any(name == first or name.split(".")[0] == first for name in here):
         raise BackendUnavailable(f"OpenVINO finds no {first}", where, f"It finds: {', '.join(here)}")
 
 
 def _known(core: Any, device: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    first = device.split(":")[-1].split(",")[0].split("(")[0]
-    supported = set(map(str, core.get_property(first, "SUPPORTED_PROPERTIES")))
-    return {name: value for name, value in config.items() if name in supported}
+    """The properties that the device has. Where it cannot compute in float16 it is told float32: left to itself, a CPU
+    would take bfloat16, which has fewer digits."""
+    supported = set(map(str, core.get_property(_first(device), "SUPPORTED_PROPERTIES")))
+    known = {name: value for name, value in config.items() if name in supported}
+    if "FP16" not in core.get_property(_first(device), "OPTIMIZATION_CAPABILITIES"):
+        known = {name: "f32" if value == "f16" else value for name, value in known.items()}
+    return known
+
+
+def _first(device: str) -> str:
+    """The device that counts of a string such as "CPU", "GPU.0" or "AUTO:NPU,CPU"."""
+    return device.split(":")[-1].split(",")[0].split("(")[0]
 
 
 def _check_signature(compiled: Any, artifact: Artifact, where: str) -> None:
