@@ -13,6 +13,7 @@ share their weights.
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -35,6 +36,8 @@ from runtimes.bundle import Artifact, TensorSpec
 
 if TYPE_CHECKING:
     from device_profiles import Profile
+
+logging.getLogger("coremltools").setLevel(logging.ERROR)  # it warns about packages and versions at every import
 
 #: Compiled lengths of the language model; those that the cache is too short for are left out.
 BUCKETS = (1, 4, 16, 64)
@@ -75,10 +78,7 @@ class CoreMlExporter:
             ExportError: an operator without a Core ML form, or scales that float16 cannot hold, before anything is
                 written.
         """
-        for reason in _refused(job.program):
-            raise ExportError(
-                reason, where=f"{job.program.entry} for Core ML", way_out="Leave Core ML out with --backends."
-            )
+        check(job.program)
         if any(mode == "fp16" for _, mode in job.kinds):
             _check_scales(job.program)
         (job.out / self.name).mkdir(parents=True, exist_ok=True)
@@ -111,6 +111,12 @@ class CoreMlExporter:
         options = {**artifact.options, "observe": observed, "turned": turned}
         copied = replace(artifact, outputs=(*artifact.outputs, *outputs), options=options, raw={})
         return copied, {spec.name.removeprefix("observed."): spec.name for spec in outputs}
+
+
+def check(program: Program) -> None:
+    """Raises ExportError for the first node that has no Core ML form."""
+    for reason in _refused(program):
+        raise ExportError(reason, where=f"{program.entry} for Core ML", way_out="Leave Core ML out with --backends.")
 
 
 # --- what there is no way for -------------------------------------------------------------------------------------

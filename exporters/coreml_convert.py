@@ -7,7 +7,6 @@ float32 states, as float32 inputs and outputs: the exact mode, for proving the c
 
 from __future__ import annotations
 
-import logging
 import operator
 import warnings
 from collections.abc import Mapping
@@ -68,13 +67,14 @@ class _Stateful(nn.Module):
         super().__init__()
         self.program, self._names = program, [state.name for state in states]
         for state in states:
-            self.register_buffer(state.name, torch.zeros(state_shape(state.shape)))
+            dtype = getattr(torch, state.dtype)
+            self.register_buffer(state.name, torch.zeros(state_shape(state.shape), dtype=dtype))
 
-    def forward(self, ids: Tensor, last: Tensor) -> Tensor | tuple[Tensor, ...]:
+    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         held = [self.get_buffer(name) for name in self._names]
         # Run node by node, so that what is traced knows which node it came from.
         with preserve_node_meta():
-            results = torch.fx.Interpreter(self.program).run(ids, last, *held)
+            results = torch.fx.Interpreter(self.program).run(*inputs, *held)
         outputs, new = results[: -len(held)], results[-len(held) :]
         for buffer, value in zip(held, new, strict=True):
             buffer.copy_(value)
@@ -89,7 +89,6 @@ def convert(program: Program, recipe: Recipe, sizes: Mapping[str, int] | None, p
     """
     import coremltools as ct
 
-    logging.getLogger("coremltools").setLevel(logging.ERROR)
     graph, names = _graph(program, recipe, sizes)
     scope = column.Scope(channels=recipe.channels and bool(program.states), constants=names)
     stateful = recipe.half and bool(program.states)
@@ -99,8 +98,8 @@ def convert(program: Program, recipe: Recipe, sizes: Mapping[str, int] | None, p
     ]
     outputs = [ct.TensorType(name=spec.name, dtype=np.dtype(spec.dtype).type) for spec in program.outputs]
     if not stateful:
-        inputs += [ct.TensorType(name=s.input, shape=s.shape, dtype=np.float32) for s in program.states]
-        outputs += [ct.TensorType(name=s.output, dtype=np.float32) for s in program.states]
+        inputs += [ct.TensorType(name=s.input, shape=s.shape, dtype=np.dtype(s.dtype).type) for s in program.states]
+        outputs += [ct.TensorType(name=s.output, dtype=np.dtype(s.dtype).type) for s in program.states]
     pipeline = ct.PassPipeline.DEFAULT
     # It makes lengths and indices 16 bits wide, which positions in a long sound or a large vocabulary outgrow.
     pipeline.remove_passes({"common::add_int16_cast"})
@@ -183,7 +182,7 @@ def _restate(program: Program, recipe: Recipe, sizes: Mapping[str, int]) -> Expo
         if recipe.half:
             module = _Stateful(module, program.states)
         else:
-            inputs += tuple(torch.zeros(state.shape) for state in program.states)
+            inputs += tuple(torch.zeros(state.shape, dtype=getattr(torch, state.dtype)) for state in program.states)
     with torch.no_grad():
         return torch.export.export(module, inputs, strict=False)
 
@@ -218,7 +217,7 @@ def _load(exported: ExportedProgram, program: Program) -> Mapping[str, str]:
             new = nn.Parameter(values, requires_grad=False) if isinstance(old, nn.Parameter) else values
             (exported.state_dict if target in exported.state_dict else exported.constants)[target] = new
         elif target in signature.buffers_to_mutate.values():
-            exported.state_dict[target] = torch.zeros(exported.state_dict[target].shape)
+            exported.state_dict[target] = torch.zeros_like(exported.state_dict[target], device="cpu")
     return names
 
 

@@ -102,7 +102,9 @@ def decompositions(language_model: bool) -> dict[Any, Callable[..., Any]]:
     fused ops without a lowering here, by their reference."""
     aten = torch.ops.aten
     table: dict[Any, Callable[..., Any]] = {
-        op.overload: op.reference for name, op in ops.REGISTRY.items() if f"{ops.NAMESPACE}::{name}" not in LOWERINGS
+        op.overload: op.reference
+        for name, op in ops.REGISTRY.items()
+        if f"{ops.NAMESPACE}::{name}" not in LOWERINGS and op is not ops.kv_attention  # which `attention` stands for
     }
     table[aten.group_norm.default] = _float_group_norm
     if language_model:
@@ -281,7 +283,7 @@ def _padded(x: Any, axis: int, extra: int) -> Any:
         return x
     pad = np.zeros((x.rank, 2), np.int32)
     pad[axis, 1] = extra
-    return mb.pad(x=x, pad=pad.reshape(-1), mode="constant", constant_val=0.0)
+    return mb.pad(x=x, pad=pad.reshape(-1), mode="constant", constant_val=_like(x, 0))
 
 
 def _linear(scope, name, x, weight, bias):
@@ -309,7 +311,7 @@ def _normalised(scope: Scope, name: str, x: Any, weight: Any, eps: Any) -> Any:
 
     x / sqrt(mean(x^2) + eps) == y / sqrt(mean(y^2) + (sqrt(eps) / m)^2) with y = x / m, for any m > 0.
     """
-    root = np.float32(math.sqrt(eps.val))
+    root = _like(x, math.sqrt(eps.val))
     largest = mb.reduce_max(x=mb.abs(x=x), axes=[scope.axis], keep_dims=True, name=f"{name}__largest")
     largest = mb.maximum(x=largest, y=root)
     y = mb.real_div(x=x, y=largest)
@@ -317,6 +319,13 @@ def _normalised(scope: Scope, name: str, x: Any, weight: Any, eps: Any) -> Any:
     mean = mb.reduce_mean(x=mb.mul(x=y, y=y), axes=[scope.axis], keep_dims=True, name=f"{name}__mean_square")
     inverse = mb.rsqrt(x=mb.add(x=mean, y=mb.mul(x=share, y=share)), name=f"{name}__inverse")
     return mb.mul(x=mb.mul(x=y, y=inverse), y=scope.vector(weight), name=name)
+
+
+def _like(x: Any, value: float) -> np.generic:
+    """``value`` as a constant of the type that ``x`` has: float32 but for graphs that are float16 themselves."""
+    from coremltools.converters.mil.mil import types
+
+    return types.nptype_from_builtin(x.dtype)(value)
 
 
 def _rms_norm(scope, name, x, weight, eps):
@@ -404,6 +413,8 @@ def _attention(scope, name, query, key, value, past_key, past_value, last, cos, 
         turning = _rotated(turning, *_angles(scope, last, cos, sin, steps))
     q, k = mb.split(x=turning, split_sizes=[heads, kv_heads], axis=1)
 
+    if past_key.dtype != k.dtype:  # a float16 graph: the vendor hands states out as float32
+        past_key, past_value = (mb.cast(x=past, dtype="fp16") for past in (past_key, past_value))
     caches = [
         _written(scope, past, new, last, f"{name}__{i}")
         for i, (past, new) in enumerate(((past_key, k), (past_value, v)), 1)
@@ -411,11 +422,12 @@ def _attention(scope, name, query, key, value, past_key, past_value, last, cos, 
     wide = past_key.shape[3]
     factor = scale if softcap else scale * math.sqrt(wide)  # the fused op divides by the root itself
     if not math.isclose(factor, 1):
-        q = mb.mul(x=q, y=np.float32(factor))
+        q = mb.mul(x=q, y=_like(q, factor))
     group = heads // kv_heads
     q = _padded(mb.reshape(x=q, shape=[1, kv_heads, group * steps, width]), 3, wide - width)
     mask = scope.once(
-        ("mask", last.name, steps, capacity, window, group), lambda: _mask(scope, last, steps, capacity, window, group)
+        ("mask", last.name, steps, capacity, window, group),
+        lambda: _mask(scope, q, last, steps, capacity, window, group),
     )
     out = _chunked(scope, q, *caches, mask, softcap)
     if wide != width:
@@ -484,14 +496,18 @@ def _written(scope: Scope, past: Any, new: Any, last: Any, name: str) -> Any:
     return mb.slice_update(x=past, update=new, begin=begin, end=end, name=name)
 
 
-def _mask(scope: Scope, last: Any, steps: int, capacity: int, window: int, group: int) -> Any:
+def _mask(scope: Scope, like: Any, last: Any, steps: int, capacity: int, window: int, group: int) -> Any:
     """[1, 1, group*S, C]: 0 where a query may look, MASKED elsewhere."""
     at = mb.expand_dims(x=_positions(scope, last, steps), axes=[1])
     slots = np.arange(capacity, dtype=np.int32)[None]
     hidden = mb.greater(x=slots, y=at)
     if window > 0:
         hidden = mb.logical_or(x=hidden, y=mb.less_equal(x=slots, y=mb.sub(x=at, y=np.int32(window))))
-    mask = mb.mul(x=mb.cast(x=hidden, dtype="fp32"), y=np.float32(MASKED), name=f"{scope.node}__mask")
+    mask = mb.mul(
+        x=mb.cast(x=hidden, dtype="fp16" if _like(like, 0).itemsize == 2 else "fp32"),
+        y=_like(like, MASKED),
+        name=f"{scope.node}__mask",
+    )
     mask = mb.expand_dims(x=mask, axes=[0, 1])
     # One query per head needs no copies: its single row broadcasts.
     return mask if group == 1 or steps == 1 else mb.tile(x=mask, reps=[1, 1, group, 1])
@@ -510,7 +526,7 @@ def _scored(q: Any, keys: Any, values: Any, mask: Any, softcap: float) -> Any:
     if not softcap:
         return mb.scaled_dot_product_attention(query=q, key=keys, value=values, attn_mask=mask)
     scores = mb.matmul(x=q, y=keys, transpose_y=True)
-    scores = mb.mul(x=mb.tanh(x=mb.mul(x=scores, y=np.float32(1 / softcap))), y=np.float32(softcap))
+    scores = mb.mul(x=mb.tanh(x=mb.mul(x=scores, y=_like(scores, 1 / softcap))), y=_like(scores, softcap))
     return mb.matmul(x=mb.softmax(x=mb.add(x=scores, y=mask), axis=-1), y=values)
 
 

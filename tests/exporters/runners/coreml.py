@@ -1,0 +1,104 @@
+"""The ops through the Core ML exporter's two forms, run by the interpreter of the saved package."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from exporters.coreml_ import check
+from exporters.coreml_convert import Recipe, convert
+from exporters.program import Program
+from runtimes.buckets import runs
+from runtimes.coreml_format import load_package
+from runtimes.coreml_interpreter import Function
+from tests.exporters.op_cases import Array, Case
+from tests.exporters.runners import Runner, Step
+
+RECIPES = {
+    "coreml/exact": Recipe(half=False, channels=False, target="iOS18"),
+    "coreml/fp16": Recipe(half=True, channels=True, target="iOS18"),
+}
+OPERATORS = {
+    "add_rms_norm": "rsqrt",
+    "codebook_lookup": "gather",
+    "kv_attention": "slice_update",
+    "quantized_embedding": "constexpr_blockwise_shift_scale",
+    "quantized_linear": "constexpr_blockwise_shift_scale",
+    "rms_norm": "rsqrt",
+    "rope_angles": "gather",
+    "snake": "sin",
+    "swiglu": "silu",
+}
+TOLERANCE = {
+    "coreml/exact": {"exact": 0.0, "float32": 3e-6, "float16": 4e-3},
+    "coreml/fp16": {"exact": 5e-4, "float32": 6e-3, "float16": 6e-3},
+}
+#: Masked slots are multiplied by 0, so they have to be finite: states start from zeros.
+FILLER = 50.0
+#: Compiled lengths of attention.
+LENGTHS = (1, 4)
+
+
+def refused(case: Case) -> str | None:
+    return "the cache is written for one row" if "batch2" in case.label else None
+
+
+def package(recipe: Recipe, case: Case, program: Program, size: int | None, path: Path) -> Function:
+    """The op at one length, or (None) at any, written and loaded."""
+    gc.freeze()  # the converter collects garbage, which takes longer than all it does where much else is loaded
+    try:
+        convert(program, recipe, None if size is None else {"S": size}, path)
+    finally:
+        gc.unfreeze()
+    [held] = load_package(path).values()
+    assert OPERATORS[case.op] in {operation.type for operation in held.operations}
+    return Function(held, {})
+
+
+def build(recipe: Recipe, case: Case, program: Program, folder: Path) -> Step:
+    """Attention in packages of two lengths, which the session's way of cutting makes all others from; every other op
+    in one that takes any length."""
+    check(program)
+    if not program.states:
+        function = package(recipe, case, program, None, folder / "any.mlpackage")
+        return lambda inputs: [function.run(inputs, {})[spec.name] for spec in program.outputs]
+    functions = {n: package(recipe, case, program, n, folder / f"{n}.mlpackage") for n in LENGTHS}
+
+    def step(inputs: Mapping[str, Array]) -> list[Array]:
+        held = {state.input: inputs[state.input] for state in program.states}
+        length = inputs["query"].shape[1]
+        start = int(inputs["last"][0]) + 1 - length
+        out = []
+        for first, size in runs(0, length, LENGTHS):
+            rows = {name: value[:, first : first + size] for name, value in inputs.items() if name in case.dynamic}
+            feeds = rows | {"last": np.array([start + first + size - 1], np.int32)}
+            result, held = one(functions[size], feeds, held)
+            out.append((first, result))
+        whole = np.concatenate([rows for _, rows in out], 1)[:, -length:]
+        for first, rows in out:
+            whole[:, first : first + rows.shape[1]] = rows
+        return [whole, *held.values()]
+
+    def one(function: Function, feeds: dict[str, Array], held: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+        if not recipe.half:
+            results = function.run(feeds | held, {})
+            return results["y0"], {state.input: results[state.output] for state in program.states}
+        states = {}
+        for state in program.states:  # wider and longer than the cache that it holds
+            states[state.name] = np.full(function.states[state.name][1], FILLER, np.float32)
+            states[state.name][tuple(map(slice, state.shape))] = held[state.input]
+        result = function.run(feeds, states)["y0"]
+        kept = {s.input: states[s.name][tuple(map(slice, s.shape))].astype(s.dtype) for s in program.states}
+        return result, kept
+
+    return step
+
+
+RUNNERS = tuple(
+    Runner(target, partial(build, recipe), OPERATORS, TOLERANCE[target], FILLER, refused)
+    for target, recipe in RECIPES.items()
+)
