@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 import re
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -61,12 +62,15 @@ class Reading:
 
     Attributes:
         weights: placeholder of the graph -> name of the Program's constant.
+        origins: node of the graph that is read -> node of the Program.
+        values: the reader's name of a value -> the Program's nodes whose value it is.
         products: stand-in of a quantised matrix -> the constants' names (codes, scales, zero points or None) and bits.
     """
 
     def __init__(self, program: Program, decomposed: ExportedProgram) -> None:
         signature = decomposed.graph_signature
-        self.program = program
+        self.program, self.origins = program, sources(decomposed)
+        self.values = _values(program, decomposed, self.origins)
         self.weights = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         self.weights |= signature.inputs_to_lifted_tensor_constants
         placeholders = [node.name for node in decomposed.graph.nodes if node.op == "placeholder"]
@@ -153,14 +157,31 @@ def _identity(output: ov.Output) -> tuple[str, int]:
     return output.get_node().get_name(), output.get_index()
 
 
-def read(program: Program) -> tuple[ov.Model, Reading, Mapping[str, str]]:
-    """The graph without weights, what is known of it, and node of that graph -> the Program's node.
+def _values(program: Program, decomposed: ExportedProgram, origins: Mapping[str, str]) -> dict[str, set[str]]:
+    """Of several nodes that one of the Program's became, the last has its value; an op of several results has one name
+    for the first, and each of its getitems one for its own."""
+    last, values = {}, defaultdict(set)
+    parts = {(node.args[0].name, node.args[1]): node.name for node in calls(program.exported.graph, operator.getitem)}
+    for node in decomposed.graph.nodes:
+        if node.op != "call_function" or node.name not in origins:
+            continue
+        if node.target is not operator.getitem:
+            last[origins[node.name]] = node.name
+        elif part := parts.get((origins[node.name], node.args[1])):
+            values[f"{node.args[0].name if node.args[1] == 0 else node.name}:0"].add(part)
+    for origin, name in last.items():
+        values[f"{name}:0"].add(origin)
+    return values
+
+
+def read(program: Program) -> tuple[ov.Model, Reading]:
+    """The graph without weights, and what is known of it.
 
     Raises:
         Unreadable: naming the nodes.
     """
     decomposed = _decompose(program)
-    reading, origins = Reading(program, decomposed), sources(decomposed)
+    reading = Reading(program, decomposed)
     front_end = FrontEndManager().load_by_framework("pytorch")
     for name, lower in TRANSLATED.items():
         translate = lambda context, lower=lower: reading.translate(context, lower)  # noqa: E731
@@ -171,9 +192,9 @@ def read(program: Program) -> tuple[ov.Model, Reading, Mapping[str, str]]:
             node.target = result
     decoder = TorchFXPythonDecoder(decomposed.graph_module, dynamic_shapes=False)
     try:
-        return front_end.convert(front_end.load(decoder)), reading, origins
+        return front_end.convert(front_end.load(decoder)), reading
     except OpConversionFailure as error:
-        raise Unreadable(_culprits(decomposed, origins, str(error)), f"{program.entry} for openvino") from error
+        raise Unreadable(_culprits(decomposed, reading.origins, str(error)), f"{program.entry} for openvino") from error
 
 
 @cache
@@ -213,7 +234,7 @@ def convert(program: Program, progress: Callable[[int], None] = lambda size: Non
     Raises:
         Unreadable: naming the nodes that have no translation.
     """
-    graph, reading, origins = read(program)
+    graph, reading = read(program)
 
     def load(name: str) -> np.ndarray:
         values = program.constants[name].load()
@@ -235,7 +256,7 @@ def convert(program: Program, progress: Callable[[int], None] = lambda size: Non
     results = graph.get_results()[: len(program.outputs)]
     model = ov.Model(results, reading.sinks, inputs + _reordered(reading), program.entry)
     model.validate_nodes_and_infer_types()
-    _name_values(model, origins)
+    _name(model, reading)
     for node, spec in zip(model.get_results(), program.outputs, strict=True):
         node.set_friendly_name(f"{spec.name}/result")
         node.input_value(0).add_names({spec.name})
@@ -247,6 +268,7 @@ def _reordered(reading: Reading) -> list[Any]:
     if not reading.pasts:
         return []
     beam = op.parameter([reading.pasts[0].get_output_partial_shape(0)[0].get_length()], np.int32, BEAM)
+    beam.set_friendly_name(BEAM)
     beam.output(0).set_names({BEAM})
     for past in reading.pasts:
         readers = past.output(0).get_target_inputs()
@@ -256,22 +278,21 @@ def _reordered(reading: Reading) -> list[Any]:
     return [beam]
 
 
-def _name_values(model: ov.Model, origins: Mapping[str, str]) -> None:
-    """Replaces the reader's names of values by the Program's: of several nodes that one became, the last has it.
-
-    Args:
-        origins: node of the graph that was read -> node of the Program, in the graph's order.
-    """
-    last = {origin: name for name, origin in origins.items()}
-    names = {f"{name}:0": origin for origin, name in last.items()}
-    computed = [node for node in model.get_ordered_ops() if node.get_type_name() not in ("Parameter", "Result")]
-    for output in (output for node in computed for output in node.outputs()):
-        output.set_names({value_name(names[name]) for name in output.get_names() if name in names})
+def _name(model: ov.Model, reading: Reading) -> None:
+    """Replaces the reader's names by the Program's, and numbers that differ from run to run by the nodes' order."""
     taken: set[str] = set()
-    for node in computed:  # the reader calls a node "<name in its graph>/<operator>/<type>"
-        name, slash, rest = node.get_friendly_name().partition("/")
-        wanted = f"{origins[name]}/{rest}" if slash and name in origins else node.get_friendly_name()
-        label = wanted if wanted not in taken else f"{wanted}#{len(taken)}"
+    for number, node in enumerate(model.get_ordered_ops()):
+        if node.get_type_name() in ("Parameter", "Result"):
+            continue
+        for output in node.outputs():
+            output.set_names({value_name(name) for held in output.get_names() for name in reading.values.get(held, ())})
+        label = node.get_friendly_name()
+        name, slash, rest = label.partition("/")  # the reader's: "<name in its graph>/<operator>/<type>"
+        if slash and name in reading.origins:
+            label = f"{reading.origins[name]}/{rest}"
+        elif label == node.get_name():
+            label = f"{node.get_type_name()}_{number}"
+        label = label if label not in taken else f"{label}#{number}"
         taken.add(label)
         node.set_friendly_name(label)
 

@@ -33,8 +33,8 @@ MODES: Mapping[str, Mapping[str, Any]] = {
 #: key of `effective` -> the property of the compiled model that it is read from
 REPORTED = {
     "precision": "INFERENCE_PRECISION_HINT",
-    "KV cache": "KV_CACHE_PRECISION",
     "activations quantised in groups of": "DYNAMIC_QUANTIZATION_GROUP_SIZE",
+    "KV cache": "KV_CACHE_PRECISION",
 }
 #: Models of one shape that are kept, the latest used.
 _KEPT_SHAPES = 4
@@ -62,6 +62,8 @@ class OpenVinoSession(CheckedSession):
         self._requests: OrderedDict[tuple, Any] = OrderedDict()
         self._previous: tuple = ()
         self.effective = effective(compiled)
+        if not artifact.states:
+            self.effective.pop("KV cache", None)
         self._names = [spec.name for spec in artifact.outputs]
         if artifact.states:
             self._bind_decode()
