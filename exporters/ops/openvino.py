@@ -171,8 +171,11 @@ def _rotated(x: Output, cos: Output, sin: Output, width: int) -> Output:
     return op.add(op.multiply(x, cos), op.multiply(turned, sin)).output(0)
 
 
-def _visible(positions: Output, length: Output, window: int) -> Output:
-    """Boolean [B, 1, S, T]: which of the T positions a query may attend to."""
+def _hidden(positions: Output, length: Output, window: int, like: Output) -> Output:
+    """[B, 1, S, T] to add to scores: 0 where a query may attend to one of the T positions, else the lowest number.
+
+    A boolean mask would do, but takes the plugin's attention 3.6 times as long (2026.4, float32, a prompt of 200).
+    """
     import openvino.opset15 as op
 
     slots = op.range(_constant(0), length, _constant(1), "i32")
@@ -180,7 +183,8 @@ def _visible(positions: Output, length: Output, window: int) -> Output:
     mask = op.less_equal(slots, at)
     if window > 0:
         mask = op.logical_and(mask, op.greater(slots, op.subtract(at, _constant(window))))
-    return mask.output(0)
+    lowest = np.finfo(like.get_element_type().to_dtype()).min
+    return op.select(mask, _like(like, 0), _like(like, lowest)).output(0)
 
 
 def _size(x: Output, axis: int) -> Output:
@@ -222,7 +226,7 @@ def _kv_attention(call: Call) -> Sequence[Output]:
         joined = op.concat([past, new], 2).output(0)
         become(joined)
         present.append(joined)
-    mask = call.once(f"visible {window}", lambda: _visible(positions, _size(present[0], 2), window))
+    mask = call.once(f"hidden {window}", lambda: _hidden(positions, _size(present[0], 2), window, query))
     groups = heads // kv_heads
     keys, values = (_repeated(x, heads, groups, width) for x in present)
     if softcap > 0:
@@ -253,7 +257,7 @@ def _capped_attention(
     cap = _like(query, softcap)
     scores = op.multiply(op.matmul(query, keys, False, True), _like(query, scale))
     scores = op.multiply(cap, op.tanh(op.divide(scores, cap)))
-    weights = op.softmax(op.select(mask, scores, _like(query, -np.inf)), -1)
+    weights = op.softmax(op.add(scores, mask), -1)
     return op.matmul(weights, values, False, False).output(0)
 
 
