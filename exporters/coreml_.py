@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -45,6 +46,8 @@ BUCKETS = (1, 4, 16, 64)
 UNITS: Mapping[str, str] = {"ios": "CPU_AND_NE", "macos": "ALL"}
 #: Deployment targets of the generation that has states, blocks of 4 bits and several functions.
 TARGETS = ("iOS18", "macOS15", "tvOS18", "watchOS11", "visionOS2")
+#: What ships in a bundle's docs/coreml.
+GUIDES = Path(__file__).parent / "coreml_docs"
 FORMS = (("mlprogram", "exact"), ("mlprogram", "fp16"), ("palettised", "fp16"))
 
 
@@ -82,7 +85,9 @@ class CoreMlExporter:
         if any(mode == "fp16" for _, mode in job.kinds):
             _check_scales(job.program)
         (job.out / self.name).mkdir(parents=True, exist_ok=True)
-        return tuple(_write(job, form, mode) for form, mode in job.kinds)
+        guides = _write_guides(job.out) if job.program.states else ()
+        written = (_write(job, form, mode) for form, mode in job.kinds)
+        return tuple(replace(artifact, files=artifact.files + guides) for artifact in written)
 
     def read_matrices(self, folder: Path, artifact: Artifact, program: Program) -> Mapping[str, StoredMatrix]:
         """See Exporter."""
@@ -214,6 +219,16 @@ def _write(job: Job, form: str, mode: str) -> Artifact:
         preferred=False,
         options=options,
     )
+
+
+def _write_guides(out: Path) -> tuple[str, ...]:
+    """The page and the sample for whoever writes the app, in docs/coreml; their paths in the bundle."""
+    folder = out / "docs" / CoreMlExporter.name
+    folder.mkdir(parents=True, exist_ok=True)
+    guides = sorted(path for path in GUIDES.iterdir() if path.suffix in (".md", ".swift"))
+    for guide in guides:
+        shutil.copyfile(guide, folder / guide.name)
+    return tuple((folder / guide.name).relative_to(out).as_posix() for guide in guides)
 
 
 def _functions(job: Job, recipe: Recipe) -> dict[str, tuple[str, Mapping[str, int] | None]]:

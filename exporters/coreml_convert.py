@@ -7,10 +7,11 @@ float32 states, as float32 inputs and outputs: the exact mode, for proving the c
 
 from __future__ import annotations
 
+import gc
 import operator
 import warnings
-from collections.abc import Mapping
-from contextlib import redirect_stderr
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -81,6 +82,20 @@ class _Stateful(nn.Module):
         return outputs[0] if len(outputs) == 1 else outputs
 
 
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Around the vendor's calls: without its progress bars, and without what it collects garbage of.
+
+    It collects after every step, which takes longer than the step where much else is loaded.
+    """
+    gc.freeze()
+    try:
+        with redirect_stderr(StringIO()):
+            yield
+    finally:
+        gc.unfreeze()
+
+
 def convert(program: Program, recipe: Recipe, sizes: Mapping[str, int] | None, path: Path) -> None:
     """Writes one function as a package of its own at ``path``.
 
@@ -104,7 +119,7 @@ def convert(program: Program, recipe: Recipe, sizes: Mapping[str, int] | None, p
     # It makes lengths and indices 16 bits wide, which positions in a long sound or a large vocabulary outgrow.
     pipeline.remove_passes({"common::add_int16_cast"})
     precision = ct.transform.FP16ComputePrecision(op_selector=Searches()) if recipe.half else ct.precision.FLOAT32
-    with column.lowering(scope), warnings.catch_warnings(), redirect_stderr(StringIO()):  # progress bars
+    with column.lowering(scope), warnings.catch_warnings(), quietly():
         warnings.simplefilter("ignore")
         model = ct.convert(
             graph,
@@ -126,7 +141,7 @@ def _palettised(model: Any, bits: int) -> Any:
     import coremltools.optimize.coreml as optimize
 
     options = optimize.OpPalettizerConfig(nbits=bits, granularity="per_grouped_channel", group_size=GROUP)
-    with redirect_stderr(StringIO()):
+    with quietly():
         return optimize.palettize_weights(model, optimize.OptimizationConfig(global_config=options))
 
 

@@ -8,13 +8,12 @@ import shutil
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import redirect_stderr
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from exporters.coreml_convert import quietly
 from exporters.inheritance import StoredMatrix
 from exporters.ops.coreml import PREFIX, matrix_name
 from exporters.program import Inherited
@@ -37,7 +36,7 @@ def join(parts: Mapping[str, Path], path: Path) -> None:
     for name, part in parts.items():
         descriptor.add_function(str(part), src_function_name="main", target_function_name=name)
     descriptor.default_function_name = next(iter(parts))
-    with redirect_stderr(StringIO()):  # progress bars
+    with quietly():
         ct.utils.save_multifunction(descriptor, str(path))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -49,11 +48,7 @@ def refused(case: Case) -> str | None:
 
 def package(recipe: Recipe, case: Case, program: Program, size: int | None, path: Path) -> Function:
     """The op at one length, or (None) at any, written and loaded."""
-    gc.freeze()  # the converter collects garbage, which takes longer than all it does where much else is loaded
-    try:
-        convert(program, recipe, None if size is None else {"S": size}, path)
-    finally:
-        gc.unfreeze()
+    convert(program, recipe, None if size is None else {"S": size}, path)
     [held] = load_package(path).values()
     assert OPERATORS[case.op] in {operation.type for operation in held.operations}
     return Function(held, {})
