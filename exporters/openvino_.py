@@ -118,10 +118,10 @@ def _artifact(job: Job, kind: Kind, path: Path, quantised: Quantised | None) -> 
 def _precision(program: Program, kind: Kind, quantised: Quantised | None) -> dict[str, str]:
     weights = stored_precision(program)
     if quantised is not None:
-        kept = ", ".join(quantised.floating)
+        kept = ", ".join((*quantised.floating, "transposed convolutions"))
         layers = f"{quantised.convolutions - len(quantised.floating)} of {quantised.convolutions} convolutions"
         return {
-            "weights": f"int8 in {layers}" + (f"; float32: {kept}" if kept else ""),
+            "weights": f"int8 in {layers}; float32: {kept}",
             "activations": "int8 into those convolutions, else the plugin's choice",
         }
     if kind[1] == "fp16":
