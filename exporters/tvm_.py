@@ -10,12 +10,14 @@ arguments that the kernels write in place. Discretizers keep their free dimensio
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import tvm
 import tvm_ffi
 from safetensors import safe_open
@@ -27,13 +29,13 @@ from exporters.backends import Job, Kind
 from exporters.blocks import unpack_bits
 from exporters.inheritance import StoredMatrix
 from exporters.ops.tvm import lowerings, refused_cache
-from exporters.program import Program
+from exporters.program import Program, specialise
 from exporters.traffic import bytes_per_token, stored_precision
 from exporters.tvm_import import Imported, import_program
 from exporters.tvm_kernels import build_program, kernel_objects
 from exporters.tvm_parameters import write_parameters
 from exporters.tvm_targets import CpuTarget, cpu_target, kind_of
-from runtimes.bundle import Artifact
+from runtimes.bundle import Artifact, TensorSpec
 
 if TYPE_CHECKING:
     from device_profiles.schema import Profile
@@ -116,15 +118,43 @@ class TvmExporter:
                 )
         return found
 
+    def observe(
+        self, folder: Path, artifact: Artifact, program: Program, nodes: Sequence[str], out: Path
+    ) -> tuple[Artifact, Mapping[str, str]]:
+        """See Exporter. The library itself is what runs: each kernel is told its node's name, and the session keeps
+        the first result of those asked for. A prompt of several runs shows its last one."""
+        library = (folder / artifact.model).read_bytes()
+        found = {node: f"observed.{node}" for node in nodes if _serialised(node) in library}
+        for file in artifact.files:
+            (out / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(folder / file, out / file)
+        values = {node.name: node.meta["val"] for node in program.exported.graph.nodes if node.name in found}
+        specs = tuple(_spec(found[name], value) for name, value in values.items())
+        options = {**artifact.options, "observed": {found[name]: name for name in values}}
+        return replace(artifact, outputs=(*artifact.outputs, *specs), options=options), found
+
+
+def _spec(name: str, value: Any) -> TensorSpec:
+    """Of a node's first result; what is symbolic in the Program stays so."""
+    first = value[0] if isinstance(value, (list, tuple)) else value
+    shape = tuple(size if isinstance(size, int) else str(size) for size in first.shape)
+    return TensorSpec(name, str(first.dtype).removeprefix("torch."), shape)
+
 
 def import_functions(program: Program, fast: bool, lengths: Sequence[int] = LENGTHS) -> dict[str, Imported]:
     """Name of a function of the library -> what it computes: one per length of a program with states, else one."""
     kernels = lowerings()
     references = {op.overload: op.reference for op in ops.REGISTRY.values() if op.overload not in kernels}
-    imported = import_program(program, kernels, references, fast=fast)
     if not program.states:
-        return {"run": imported}
+        return {"run": import_program(program, kernels, references, fast=fast)}
     capacity = program.states[0].shape[2]
+    if _computes_with_sizes(program):  # TVM mixes types of integers where a length is symbolic
+        return {
+            f"run_{length}": import_program(specialise(program, {"S": length}), kernels, references, fast=fast)
+            for length in lengths
+            if length <= capacity
+        }
+    imported = import_program(program, kernels, references, fast=fast)
     symbols = relax.analysis.defined_symbolic_vars(imported.function)
     return {
         f"run_{length}": replace(
@@ -135,6 +165,11 @@ def import_functions(program: Program, fast: bool, lengths: Sequence[int] = LENG
         for length in lengths
         if length <= capacity
     }
+
+
+def _computes_with_sizes(program: Program) -> bool:
+    """Whether a length is a number in the graph, as in positions, rather than a shape alone."""
+    return any(node.target is torch.ops.aten.sym_size.int for node in program.exported.graph.nodes)
 
 
 def compile_library(functions: Mapping[str, Imported], target: CpuTarget, path: Path) -> dict[str, int]:

@@ -119,13 +119,19 @@ class Emitter:
             return value
         return self.importer.block_builder.emit(relax.op.astype(value, dtype))
 
-    def call(self, symbol: str, given: Sequence[Any], shapes: Sequence[Sequence[Any]], node: fx.Node) -> Any:
-        """Calls a kernel with float32 outputs of ``shapes``: one expression, or a list of them."""
-        name = self.origins.get(node.name, node.name)
+    def call(
+        self, symbol: str, given: Sequence[Any], shapes: Sequence[Sequence[Any]], node: fx.Node, part: str = ""
+    ) -> Any:
+        """Calls a kernel with float32 outputs of ``shapes``: one expression, or a list of them.
+
+        Args:
+            part: what the outputs are of the node's value, "" where the first of them is that value itself.
+        """
+        name = self.origins.get(node.name, node.name) + part
         fields = [_argument(value) for value in given] + [tvm.ir.StringImm(name)]
         kinds = [relax.TensorType(list(shape), "float32") for shape in shapes]
         called = relax.call_dps_packed(symbol, relax.Tuple(fields), kinds if len(kinds) > 1 else kinds[0])
-        result = self.importer.block_builder.emit(called, name_hint=name)
+        result = self.importer.block_builder.emit(called, name_hint=name.replace(" ", "_"))
         if len(kinds) == 1:
             return result
         return [self.importer.block_builder.emit(relax.TupleGetItem(result, i)) for i in range(len(kinds))]

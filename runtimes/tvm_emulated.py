@@ -74,6 +74,8 @@ class Emulated:
 
     def __init__(self, bundle: Bundle, artifact: Artifact) -> None:
         emulator, folders = check_emulator(artifact)
+        if "observed" in artifact.options:
+            raise BackendUnavailable("cannot be observed in an emulator", artifact.label, "Observe it on the device")
         self._where = f"{artifact.component} ({artifact.label})"
         self._states = {state.input for state in artifact.states}
         self._said = tempfile.TemporaryFile()  # noqa: SIM115, closed in `close`

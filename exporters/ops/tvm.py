@@ -219,7 +219,11 @@ def _factors(emit: Emitter, reading: tvm_fusion.Reading) -> tuple[Any, Any]:
     return emit.once(
         reading.norm,
         lambda: emit.call(
-            "edge_group_norm_factors", [*values, given["eps"], given["num_groups"]], [factors] * 2, reading.norm
+            "edge_group_norm_factors",
+            [*values, given["eps"], given["num_groups"]],
+            [factors] * 2,
+            reading.norm,
+            " factors",
         ),
     )
 
