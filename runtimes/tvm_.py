@@ -148,10 +148,10 @@ class Loaded:
         try:
             self.library = tvm.runtime.load_module(str(library))
             self._machine = tvm.relax.VirtualMachine(self.library, tvm.cpu())
+            self._arguments = {name: self._names_of(name) for name in artifact.options["functions"].values()}
         except Exception as error:
             raise BrokenLibrary(f"TVM cannot load it: {error}", str(library), AGAIN) from error
         self._count = len(artifact.outputs)
-        self._arguments = {name: self._names_of(name) for name in artifact.options["functions"].values()}
         self._check_weights(artifact)
         self._configure = tvm.get_global_func("runtime.config_threadpool")
         self._observed = {node: name for name, node in artifact.options.get("observed", {}).items()}

@@ -14,7 +14,6 @@ from device_profiles import load_profile
 from exporters.build import Request, build
 from runtimes import tvm_emulated
 from runtimes.bundle import Bundle, load_bundle
-from runtimes.errors import Fault
 from runtimes.parity import Selection, check
 from runtimes.session import BackendUnavailable, open_session
 from runtimes.tvm_ import BrokenLibrary
@@ -179,7 +178,7 @@ def test_a_library_of_another_component_is_refused(damaged: Path) -> None:
     bundle = load_bundle(damaged)
     shutil.copy(bundle.file(bundle.artifact("image_decoder", "tvm").model),
                 bundle.file(bundle.artifact("lm", "tvm", mode="exact").model))  # fmt: skip
-    with pytest.raises(Fault, match="run_1"):
+    with pytest.raises(BrokenLibrary, match="run_1"):
         opened(edit_fields(damaged, lambda fields: None))
 
 
