@@ -22,7 +22,7 @@ from exporters.program import Inherited
 MODEL, WEIGHTS = "com.apple.CoreML/model.mlmodel", "com.apple.CoreML/weights"
 _DATA = "Data"
 #: Appended to a value's name by the vendor's passes.
-_CASTS = re.compile(r"(_cast_\w+?\d+)+$")
+_CASTS = re.compile(r"(_cast_[a-z]+\d+)+$")
 
 
 def join(parts: Mapping[str, Path], path: Path) -> None:
@@ -119,7 +119,7 @@ def values_of_nodes(spec: Any, function: str) -> dict[str, tuple[str, int]]:
     """node_of(value) -> (value, its rank), for the last value that bears the name."""
     found = {}
     for op in operations(spec, function):
-        for output in op.outputs:
+        for output in op.outputs if op.type != "const" else ():
             if (node := node_of(output.name)) is not None:
                 found[node] = output.name, output.type.tensorType.rank
     return found

@@ -81,16 +81,16 @@ def test_the_exact_mode_takes_and_gives_the_cache_in_float32(int4: Exported) -> 
 @pytest.mark.parametrize("mode", ["fp16", "exact"])
 def test_functions_share_their_weights(int4: Exported, mode: str) -> None:
     path = int4.package("lm", mode)
-    offsets: dict[str, set[tuple[int, ...]]] = {}
+    offsets: dict[tuple[str, str], set[int]] = {}
     for op in package.operations(package.read(path)):
-        held = [op.attributes["val"]] if "val" in op.attributes else []
-        places = tuple(value.blobFileValue.offset for value in held if value.HasField("blobFileValue"))
-        if op.type == "const" and places:
-            offsets.setdefault(op.outputs[0].name, set()).add(places)
-    matrices = sum(tensor.codes.nbytes + tensor.scales.nbytes for tensor in int4.student.quantized.values())
-    shared = [name for name, places in offsets.items() if "matrix" in name]
-    assert shared and all(len(offsets[name]) == 1 for name in shared)
+        for key, argument in op.inputs.items() if op.type.startswith("constexpr_") else ():
+            for binding in argument.arguments:
+                place = offsets.setdefault((op.outputs[0].name, key), set())
+                place.add(binding.value.blobFileValue.offset)
+    assert len([name for name, key in offsets if key == "data"]) == 4 * LAYERS + 1
+    assert all(len(places) == 1 for places in offsets.values())
     # Every code once, as many bits as the student gave it, and little else: norms and tables of angles.
+    matrices = sum(tensor.codes.nbytes + tensor.scales.nbytes for tensor in int4.student.quantized.values())
     assert (path / "Data" / package.WEIGHTS / "weight.bin").stat().st_size < 1.5 * matrices
 
 
