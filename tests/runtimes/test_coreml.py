@@ -137,7 +137,10 @@ CASES: dict[str, tuple[dict[str, Any], Callable[..., torch.Tensor]]] = {
              epsilon=np.float32(1e-3)),
         lambda x, mean, variance, gamma, beta, epsilon: F.batch_norm(x, mean, variance, gamma, beta, eps=1e-3),
     ),
-    "linear": (dict(x=tensor(2, 5), weight=tensor(3, 5), bias=tensor(3)), lambda x, weight, bias: F.linear(x, weight, bias)),
+    "linear": (
+        dict(x=tensor(2, 5), weight=tensor(3, 5), bias=tensor(3)),
+        lambda x, weight, bias: F.linear(x, weight, bias),
+    ),
     "softmax": (dict(x=tensor(2, 5), axis=np.int32(-1)), lambda x, axis: F.softmax(x, -1)),
     "silu": (dict(x=tensor(2, 5)), lambda x: F.silu(x)),
     "elu": (dict(x=tensor(2, 5), alpha=np.float32(0.7)), lambda x, alpha: F.elu(x, 0.7)),
