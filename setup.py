@@ -62,7 +62,7 @@ setup(
     packages=PACKAGES,
     package_data={
         "device_profiles": ["*.toml", "*.md"],
-        "exporters": ["reference_student/**/*"],
+        "exporters": ["reference_student/**/*", "coreml_docs/*"],
         "tools.reference_student": ["*.md", "package/**/*"],
     },
     install_requires=["numpy", "pillow", "rich", "safetensors", "tokenizers"],

@@ -22,6 +22,7 @@ FORMS: Mapping[str, tuple[str, ...]] = {
     "tensorrt": ("typed",),
 }
 MODES = ("exact", "fast", "fp16")
+COMPUTE_UNITS = ("CPU_ONLY", "CPU_AND_GPU", "CPU_AND_NE", "ALL")
 DTYPES = ("float32", "float16", "bfloat16", "int8", "int4", "fp8", "fp4")
 ARCHES = ("x86_64", "aarch64", "wasm32")
 SYSTEMS = ("linux", "macos", "windows", "ios", "android", "browser")
@@ -77,8 +78,13 @@ class Profile:
     cuda_version: str | None = _key("CUDA toolkit of that stack", sourced=True)
     onnxruntime_version: str | None = _key("ONNX Runtime on the device", sourced=True)
     openvino_version: str | None = _key("OpenVINO on the device", sourced=True)
+    openvino_device: str | None = _key("OpenVINO's name of the device to compile for, as in CPU, GPU or AUTO:NPU,CPU")
     tensorrt_version: str | None = _key("TensorRT on the device", sourced=True)
     coreml_target: str | None = _key("Core ML deployment target, as in iOS18", sourced=True)
+    coreml_compute_units: str | None = _key(
+        "processors that Core ML may use; with the Neural Engine alone beside the CPU, graphs are laid out for it",
+        choices=COMPUTE_UNITS,
+    )
     tvm_version: str | None = _key("TVM runtime on the device", sourced=True)
     tvm_target: str | None = _key("TVM target, a JSON object with its kind")
     onnx_opset: int = _key("highest opset of an artifact for ONNX Runtime", low=7, high=30, sourced=True)

@@ -42,8 +42,6 @@ logging.getLogger("coremltools").setLevel(logging.ERROR)  # it warns about packa
 
 #: Compiled lengths of the language model; those that the cache is too short for are left out.
 BUCKETS = (1, 4, 16, 64)
-#: What Core ML may use on each system, and whether that is the Neural Engine, which wants its own layout.
-UNITS: Mapping[str, str] = {"ios": "CPU_AND_NE", "macos": "ALL"}
 #: Deployment targets of the generation that has states, blocks of 4 bits and several functions.
 TARGETS = ("iOS18", "macOS15", "tvOS18", "watchOS11", "visionOS2")
 #: What ships in a bundle's docs/coreml.
@@ -181,7 +179,7 @@ def _write(job: Job, form: str, mode: str) -> Artifact:
     program, profile = job.program, job.profile
     recipe = Recipe(
         half=mode == "fp16",
-        channels=UNITS.get(profile.os) == "CPU_AND_NE" and mode == "fp16",
+        channels=profile.coreml_compute_units == "CPU_AND_NE" and mode == "fp16",
         target=profile.coreml_target or TARGETS[0],
         palettised=form == "palettised",
     )
@@ -199,7 +197,7 @@ def _write(job: Job, form: str, mode: str) -> Artifact:
     relative = tuple(file.relative_to(job.out).as_posix() for file in written)
     options = {
         "functions": {key: name for key, (name, _) in functions.items()},
-        "compute_units": UNITS.get(profile.os, "ALL"),
+        "compute_units": profile.coreml_compute_units or "ALL",
         "layout": "channels" if recipe.channels and program.states else "rows",
         "stateful": recipe.half and bool(program.states),
     }

@@ -44,7 +44,7 @@ class OpenVinoExporter:
         exact, fast, half = ("ir", "exact"), ("ir", "fast"), ("ir", "fp16")
         if program.entry == "lm":
             return exact, fast, half
-        return (exact, half, ("int8", "fast")) if program.entry.endswith("_decoder") else (exact, half)
+        return (exact, fast, half, ("int8", "fast")) if program.entry.endswith("_decoder") else (exact, half)
 
     def unsupported(self, program: Program, profile: Profile, kind: Kind) -> list[str]:
         """See Exporter. The whole graph is read, without weights."""
@@ -106,7 +106,7 @@ def _artifact(job: Job, kind: Kind, path: Path, quantised: Quantised | None) -> 
         operators=dict(sorted(operators.items())),
         preferred=False,
         runtime={"openvino": RELEASE},
-        options={"device": getattr(job.profile, "openvino_device", None) or "CPU"}
+        options={"device": job.profile.openvino_device or "CPU"}
         | (
             {}
             if quantised is None

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from runtimes.bundle import Bundle, load_bundle
 from runtimes.errors import Fault
+from runtimes.manifest import MODES
 from runtimes.signing import TRUST_VARIABLE, open_signed, trust_place
 
 
@@ -25,7 +26,7 @@ def bundle_parser(name: str, description: str, epilog: str = "") -> argparse.Arg
     parser.add_argument(
         "--backend", metavar="NAME", help="use the artifacts of this backend (default: the preferred ones)"
     )
-    parser.add_argument("--mode", choices=("exact", "fast"), help="numeric mode (default: the preferred one)")
+    parser.add_argument("--mode", choices=MODES, help="numeric mode (default: the preferred one)")
     parser.add_argument("--threads", type=positive, metavar="N", help="threads (default: the backend's choice)")
     trust = f"take bundles signed by this key alone, or by one of the *.pub in a folder (default: ${TRUST_VARIABLE})"
     parser.add_argument("--trust", type=Path, metavar="KEY.pub", help=trust)

@@ -101,6 +101,7 @@ class CheckedSession(ABC):
     `run` costs a few microseconds for a one-token step: a step of a small model takes 500.
     `effective` is what the loaded model computes in, as the vendor's runtime reports it, where it reports that.
     `stand_in` names what runs in the device's place, such as an interpreter or an emulator; None on the device itself.
+    `lengths` are the runs of tokens that the model is compiled for; empty where it takes any.
     With `timing`, a backend stores the seconds of its vendor's own call in `last_run_seconds`, so that the cost of
     everything around it can be measured.
     """
@@ -113,6 +114,7 @@ class CheckedSession(ABC):
         self.last_run_seconds = 0.0
         self.effective: dict[str, str] = {}
         self.stand_in: str | None = None
+        self.lengths: tuple[int, ...] = ()
         self._where = f"{artifact.component} ({artifact.backend} {artifact.form} {artifact.mode})"
         self._checks = tuple(
             _InputCheck(spec, limits.high.get(spec.name), self._where)

@@ -138,9 +138,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder that exporters.build made for this machine")
-    parser.add_argument(
-        "--threads", type=positive, default=1, metavar="N", help="threads of each session (default: 1)"
-    )
+    parser.add_argument("--threads", type=positive, default=1, metavar="N", help="threads of each session (default: 1)")
     parser.add_argument("--rounds", type=positive, default=20, metavar="N", help="turns of each (default: 20)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="keep the figures, as JSON")
     return parser.parse_args(arguments)
