@@ -24,12 +24,12 @@ from safetensors import safe_open
 from tvm import relax
 from tvm.relax.utils import copy_with_new_vars
 
-from exporters import cpu_layout, ops
+from exporters import cpu_layout, ops, tvm_gpu
 from exporters.backends import Job, Kind
 from exporters.blocks import unpack_bits
 from exporters.inheritance import StoredMatrix
 from exporters.ops.tvm import lowerings, refused_cache
-from exporters.program import Program, specialise
+from exporters.program import Inherited, Program, specialise
 from exporters.traffic import bytes_per_token, stored_precision
 from exporters.tvm_import import Imported, import_program
 from exporters.tvm_kernels import build_program, kernel_objects
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 #: Lengths that a language model is compiled for, as far as its context goes: decode, then prompts.
 LENGTHS = (1, 4, 16, 64, 256)
+#: The kind of TVM's target that our C++ kernels are for.
+CPU = "llvm"
 #: Runs the artifacts without Python; kernels/tvm/program.
 PROGRAM = "run_bundle"
 RUNTIME = {"apache-tvm": tvm.__version__, "apache-tvm-ffi": tvm_ffi.__version__}
@@ -67,6 +69,10 @@ class TvmExporter:
         ]
         if kind_of(profile) is None:
             reasons.append(f"profile {profile.name} has no tvm_target")
+        elif kind_of(profile) != CPU:
+            reasons += tvm_gpu.refusals(program, profile)
+            if kind[1] != "exact":
+                reasons.append(f"{program.entry}: only the CPU kernels have a fast mode")
         for node in program.exported.graph.nodes:
             if node.op == "call_function" and getattr(node.target, "namespace", "aten") not in _NAMESPACES:
                 reasons.append(
@@ -76,7 +82,10 @@ class TvmExporter:
         return reasons
 
     def export(self, job: Job) -> tuple[Artifact, ...]:
-        """Writes tvm/<entry>.compiled.<mode>.so for each kind, and the weights once for all of them."""
+        """Writes tvm/<entry>.compiled.<mode>.so for each kind, and the weights once for all of them; for a GPU a .tar
+        of object files, which the device's own toolchain links."""
+        if kind_of(job.profile) != CPU:
+            return tuple(self._export_gpu(job, kind) for kind in job.kinds)
         program, target = job.program, cpu_target(job.profile)
         folder = job.out / self.name
         folder.mkdir(parents=True, exist_ok=True)
@@ -94,6 +103,32 @@ class TvmExporter:
         build_program(target, folder / PROGRAM)
         return tuple(artifacts)
 
+    def _export_gpu(self, job: Job, kind: Kind) -> Artifact:
+        program, profile = job.program, job.profile
+        folder = job.out / self.name
+        folder.mkdir(parents=True, exist_ok=True)
+        lengths = [length for length in LENGTHS if length <= program.states[0].shape[2]] if program.states else [1]
+        functions = {}
+        for length in lengths:
+            fixed = specialise(program, dict.fromkeys(_symbols(program), length)) if program.states else program
+            imported = import_program(fixed, tvm_gpu.lowerings(), tvm_gpu.references())
+            sizes = relax.analysis.defined_symbolic_vars(imported.function)
+            function = imported.function.bind_symbolic_vars({size: _example(program, size.name) for size in sizes})
+            functions[f"run_{length}" if program.states else "run"] = replace(imported, function=function)
+        library, weights = folder / f"{program.entry}.{'.'.join(kind)}.tar", folder / f"{program.entry}.safetensors"
+        kernels = tvm_gpu.compile_objects({name: f.function for name, f in functions.items()}, profile, library)
+        write_parameters(
+            weights, {name: p for f in functions.values() for name, p in f.parameters.items()}, job.progress
+        )
+        files = tuple(path.relative_to(job.out).as_posix() for path in (library, weights))
+        options = {
+            "device": kind_of(profile),
+            "arch": profile.arch,
+            "parameters": files[1],
+            "functions": {name.removeprefix("run").removeprefix("_"): name for name in functions},
+        }
+        return _artifact(program, kind, files, kernels, options)
+
     def read_matrices(self, folder: Path, artifact: Artifact, program: Program) -> Mapping[str, StoredMatrix]:
         """See Exporter. A weight counts where a function of the library names it among its arguments."""
         library = (folder / artifact.model).read_bytes()
@@ -101,6 +136,9 @@ class TvmExporter:
         with safe_open(folder / artifact.options["parameters"], "numpy") as file:
             held = {name for name in file.keys() if _serialised(name) in library}  # noqa: SIM118
             for prefix, layout in program.inherited.items():
+                if "device" in artifact.options:
+                    found[prefix] = _as_captured(file, prefix, layout)
+                    continue
                 names = [f"{prefix}.{part}:panels" for part in ("codes", "scales", "zeros")]
                 codes, scales, zeros = (file.get_tensor(n) if n in held else None for n in names)
                 if codes is None or scales is None:
@@ -132,6 +170,38 @@ class TvmExporter:
         specs = tuple(_spec(found[name], value) for name, value in values.items())
         options = {**artifact.options, "observed": {found[name]: name for name in values}}
         return replace(artifact, outputs=(*artifact.outputs, *specs), options=options), found
+
+
+def _as_captured(file: Any, prefix: str, layout: Inherited) -> StoredMatrix:
+    """A matrix in the layout of ``edge::quantized_linear``, as code for GPUs reads it."""
+    codes, scales = file.get_tensor(f"{prefix}.codes"), file.get_tensor(f"{prefix}.scales")
+    rows, blocks = scales.shape
+    zeros = file.get_tensor(f"{prefix}.zeros") if f"{prefix}.zeros" in file.keys() else None  # noqa: SIM118
+    return StoredMatrix(
+        unpack_bits(codes.reshape(rows, -1), layout.bits, blocks * layout.block),
+        scales,
+        None if zeros is None else unpack_bits(zeros, layout.bits, blocks),
+        layout.bits,
+        layout.block,
+    )
+
+
+def _symbols(program: Program) -> set[str]:
+    return {size for spec in program.inputs for size in spec.shape if isinstance(size, str)}
+
+
+def _example(program: Program, symbol: str) -> int:
+    """The fixed size of a symbolic one: batches are 1, a length is that of the capture."""
+    for spec, node in zip(program.inputs, _inputs(program), strict=False):
+        for named, size in zip(spec.shape, node.meta["val"].shape, strict=True):
+            if isinstance(named, str) and str(size) == symbol:
+                return 1 if named == "B" else int(size.node.hint)
+    raise AssertionError(f"{program.entry}: no input has the size {symbol}")
+
+
+def _inputs(program: Program) -> list[torch.fx.Node]:
+    named = set(program.exported.graph_signature.user_inputs)
+    return [node for node in program.exported.graph.nodes if node.name in named]
 
 
 def _spec(name: str, value: Any) -> TensorSpec:
@@ -213,7 +283,21 @@ def describe(
     functions: Mapping[str, Imported],
 ) -> Artifact:
     """The artifact whose library, weights and program are ``files``, relative to the bundle."""
-    lengths = {name.removeprefix("run").removeprefix("_"): name for name in functions}
+    options = {
+        "arch": target.arch,
+        "isa": list(target.variant.isa),
+        "kernels": target.variant.name,
+        "cpu": target.tvm.get("mcpu"),
+        "parameters": files[1],
+        "program": files[2],
+        "functions": {name.removeprefix("run").removeprefix("_"): name for name in functions},
+    }
+    return _artifact(program, kind, files, operators, options)
+
+
+def _artifact(
+    program: Program, kind: Kind, files: tuple[str, ...], operators: Mapping[str, int], options: Mapping[str, Any]
+) -> Artifact:
     return Artifact(
         component=program.entry,
         backend=TvmExporter.name,
@@ -232,13 +316,5 @@ def describe(
         operators=operators,
         preferred=False,
         runtime=RUNTIME,
-        options={
-            "arch": target.arch,
-            "isa": list(target.variant.isa),
-            "kernels": target.variant.name,
-            "cpu": target.tvm.get("mcpu"),
-            "parameters": files[1],
-            "program": files[2],
-            "functions": lengths,
-        },
+        options=options,
     )

@@ -24,9 +24,9 @@ from exporters.tvm_ import LENGTHS, TvmExporter
 from exporters.tvm_kernels import CompilerError, run_compiler
 from exporters.tvm_targets import VARIANTS, cpu_target
 from runtimes.bundle import Artifact
-from runtimes.session import Limits
+from runtimes.session import BackendUnavailable, Limits
 from runtimes.tvm_ import Loaded, TvmSession
-from runtimes.tvm_files import extensions
+from runtimes.tvm_files import check_machine, extensions
 from tests.conftest import MakeStudent
 
 CAPACITY, LAYERS = 128, 2
@@ -212,3 +212,31 @@ def test_a_missing_compiler_is_named() -> None:
 def test_a_profile_without_a_target_is_refused(exported: Exported) -> None:
     reasons = TvmExporter().unsupported(exported.programs["lm"], profile(tvm_target=None), EXACT)
     assert reasons == ["profile raspberry-pi-5 has no tvm_target"]
+
+
+# --- GPUs: generated, not run ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "target"), [("jetson-orin", None), ("android-snapdragon-8-elite", "opencl"),
+                                              ("browser-wasm", "webgpu")])  # fmt: skip
+def test_code_for_a_gpu_holds_its_kernels(exported: Exported, tmp_path: Path, name: str, target: str | None) -> None:
+    device = load_profile(name)
+    if target is not None:
+        device = replace(device, tvm_target=json.dumps({"kind": target}))
+    program, exporter = exported.programs["audio_decoder"], TvmExporter()
+    assert exporter.unsupported(program, device, EXACT) == []
+    [artifact] = exporter.export(Job(program, device, tmp_path, [EXACT]))
+    assert any("conv1d_transpose" in kernel for kernel in artifact.operators), artifact.operators
+    assert artifact.options["device"] == (target or "cuda")
+    with pytest.raises(BackendUnavailable, match="is code for"):
+        check_machine(artifact)
+
+
+def test_what_a_gpu_cannot_take_is_refused_by_node(exported: Exported) -> None:
+    exporter, browser = TvmExporter(), load_profile("browser-wasm")
+    [reason] = exporter.unsupported(exported.programs["lm"], browser, EXACT)
+    assert "64-bit integers" in reason
+    [reason] = exporter.unsupported(exported.programs["image_encoder"], load_profile("jetson-orin"), EXACT)
+    assert "node argmin" in reason
+    reasons = exporter.unsupported(exported.programs["lm"], load_profile("jetson-orin"), FAST)
+    assert reasons == ["lm: only the CPU kernels have a fast mode"]
