@@ -51,7 +51,7 @@ LEAST_FLIPS = 0.005
 
 USAGE = """# {name} {version} for {profile}
 
-This folder runs with the runtime of edge-export alone (its extra `onnx`; PyTorch is not needed):
+This folder runs with the runtime of edge-export alone (its extras {extras}; PyTorch is not needed):
 
     python -m runtimes.generate . --prompt "..." --to {outputs}
     python -m runtimes.parity .      # checks every artifact against the golden outputs in golden/
@@ -85,7 +85,7 @@ def build_key(student_sha256: Iterable[str], profile: Profile, options: Mapping[
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def write_contents(student: Student, profile: Profile, folder: Path) -> str | None:
+def write_contents(student: Student, profile: Profile, backends: Iterable[str], folder: Path) -> str | None:
     """Copies tokenizer and cards, writes the usage page and the bill of materials; returns the tokenizer's path."""
     tokenizer = None
     if student.tokenizer is not None:
@@ -98,7 +98,14 @@ def write_contents(student: Student, profile: Profile, folder: Path) -> str | No
             shutil.copyfile(student.folder / card, folder / "docs" / card)
     outputs = "|".join(student.modalities)
     (folder / "README.md").write_text(
-        USAGE.format(name=student.name, version=student.version, profile=profile.title, outputs=outputs), "utf-8"
+        USAGE.format(
+            name=student.name,
+            version=student.version,
+            profile=profile.title,
+            outputs=outputs,
+            extras=", ".join(f"`{backend}`" for backend in backends),
+        ),
+        "utf-8",
     )
     (folder / "bom.json").write_text(json.dumps(_bill(student), indent=1, sort_keys=True) + "\n", "utf-8")
     return tokenizer

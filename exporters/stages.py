@@ -193,7 +193,8 @@ def finish(
 ) -> Bundle:
     """Adds the rest of the contents, checks that the package is still what was read, and writes the manifest last."""
     profile = planned.profile
-    tokenizer = contents.write_contents(planned.student, profile, folder)
+    backends = dict.fromkeys(artifact.backend for artifact in artifacts)
+    tokenizer = contents.write_contents(planned.student, profile, backends, folder)
     widths = [matrix.bits for matrix in planned.programs["lm"].inherited.values()]
     limits = contents.tolerances(profile, planned.programs, noise, floors)
     limits += contents.loss_tolerances(profile, min(widths, default=None))
