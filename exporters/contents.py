@@ -157,7 +157,8 @@ def tolerances(
             add(component, "export-int8", "psnr_loss", profile.codec_int8_loss_db, source("codec_int8_loss_db"))
     for found in floors:
         for metric, value in found.metrics.items():
-            text = f"{FLOOR_FACTOR} x the power of the noise floor: the {found.precision} reference is at {value:.3g} against float32"
+            floor = f"the {found.precision} reference is at {value:.3g} against float32"
+            text = f"{FLOOR_FACTOR} x the power of the noise floor: {floor}"
             add(found.component, f"export-{found.precision}", metric, _above_floor(metric, value), text)
     return rows
 

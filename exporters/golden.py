@@ -108,7 +108,7 @@ def write_codec(
     """Writes the golden files of a discretizer's encoder and decoder.
 
     Args:
-        precisions: component -> those of exporters/noise.py's DTYPES whose noise floor is wanted; decoders alone have one.
+        precisions: component -> those of exporters/noise.py's DTYPES whose noise floor is wanted, of decoders alone.
 
     Returns:
         component -> file name, and the floors.
