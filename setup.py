@@ -48,7 +48,7 @@ EXTRAS = {
     "tensorrt": ["tensorrt_rtx"],
     "loadgen": ["mlcommons_loadgen"],
     "sign": ["cryptography"],
-    "dev": ["cryptography", "hypothesis", "mypy", "pytest", "ruff", "scipy"],
+    "dev": ["cryptography", "hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "scipy"],
 }
 
 setup(
