@@ -97,6 +97,7 @@ class TvmSession(CheckedSession):
             ids = aligned((1, int(length)), "int32")
             feeds = {"ids": ids, "last": self._last_given, **self._states}
             self._bound[int(length)] = ids, loaded.bind(function, feeds)
+        self.lengths = tuple(sorted(self._bound))
 
     def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:
         start = time.perf_counter() if self.timing else 0.0

@@ -12,6 +12,7 @@ import pytest
 
 from device_profiles import load_profile
 from exporters.build import Request, build
+from exporters.tvm_ import LENGTHS
 from runtimes import tvm_emulated
 from runtimes.bundle import Bundle, load_bundle
 from runtimes.parity import Selection, check
@@ -67,6 +68,13 @@ def test_every_gate_passes_on_this_machine(native: Bundle) -> None:
 @pytest.mark.parametrize("pieces", [(70,), (16, 54), (1,) * 5 + (65,), (64, 1, 1, 1, 3)])
 def test_every_cut_of_a_prompt_gives_the_same_logits(native: Bundle, pieces: tuple[int, ...]) -> None:
     np.testing.assert_allclose(logits(native, pieces), logits(native, (1,) * 70), atol=2e-5)
+
+
+def test_a_session_says_which_lengths_it_is_compiled_for(native: Bundle) -> None:
+    with open_session(native, native.artifact("lm", "tvm", mode="exact"), 1) as session:
+        assert session.lengths[0] == 1 and session.lengths == tuple(n for n in LENGTHS if n <= native.context)
+    with open_session(native, native.artifact("image_decoder", "tvm"), 1) as session:
+        assert session.lengths == ()
 
 
 def test_threads_do_not_change_the_result(native: Bundle) -> None:
