@@ -116,6 +116,10 @@ const std::map<std::string, Kernel>& kernels() {
          codebook_lookup(c.at<int32_t>(0), c.f(1), c.f(2), c.n(0), c.n(1), c.ints[2], c.n(3), c.n(4), c.task,
                          c.tasks);
        }},
+      {"nearest_code",
+       [](const Call& c) {
+         nearest_code(c.f(0), c.f(1), c.at<int64_t>(2), c.n(0), c.n(1), c.n(2), c.task, c.tasks);
+       }},
       {"conv2d", [](const Call& c) { conv2d(c.f(0), c.f(1), c.conv(), c.fusion(), c.f(6), c.task, c.tasks); }},
       {"conv_transpose2d",
        [](const Call& c) { conv_transpose2d(c.f(0), c.f(1), c.conv(), c.fusion(), c.f(6), c.task, c.tasks); }},

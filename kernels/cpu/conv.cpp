@@ -98,22 +98,42 @@ struct Change {
   bool any;  // else they are copied as they are
 };
 
-// Columns [begin, begin + count) of a row of `width`, zeros beyond both ends.
+// to[i] = activation(from[i] * scale + shift).
 template <Activation kBefore>
-void read_row(const float* row, int width, int64_t begin, int64_t count, const Change& change, float* to) {
+void change_values(const float* from, int64_t count, const Change& change, float* to) {
+  each_vector(count, [&](int64_t i, int there) {
+    const Float value = load_up_to(from + i, there) * change.scale + change.shift;
+    store_up_to(to + i, activation<kBefore>(value), there);
+  });
+}
+
+// `count` values of a row from `begin` on, zeros beyond both ends of its `width`.
+void read_row(const float* row, int64_t width, int64_t begin, int64_t count, float* to) {
   const int64_t left = std::clamp<int64_t>(-begin, 0, count);
   const int64_t right = std::clamp<int64_t>(width - begin, left, count);
-  each_vector(left, [&](int64_t i, int there) { store_up_to(to + i, Float{}, there); });
-  const float* from = row + begin + left;
-  if (change.any)
-    each_vector(right - left, [&](int64_t i, int there) {
-      const Float value = load_up_to(from + i, there) * change.scale + change.shift;
-      store_up_to(to + left + i, activation<kBefore>(value), there);
-    });
-  else
-    each_vector(right - left,
-                [&](int64_t i, int there) { store_up_to(to + left + i, load_up_to(from + i, there), there); });
-  each_vector(count - right, [&](int64_t i, int there) { store_up_to(to + right + i, Float{}, there); });
+  for (int64_t i = 0; i < left; ++i) to[i] = 0;
+  each_vector(right - left, [&](int64_t i, int there) {
+    store_up_to(to + left + i, load_up_to(row + begin + left + i, there), there);
+  });
+  for (int64_t i = right; i < count; ++i) to[i] = 0;
+}
+
+// to[i] = from[2 * i]; reads 2 * count - 1 values.
+void every_second(const float* from, int64_t count, float* to) {
+  int64_t i = 0;
+  for (; i + kLanes < count; i += kLanes) store(to + i, evens(load(from + 2 * i), load(from + 2 * i + kLanes)));
+  for (; i < count; ++i) to[i] = from[2 * i];
+}
+
+// to[2 * i] = to[2 * i + 1] = from[i], for `count` values of `to`.
+void each_twice(const float* from, int64_t count, float* to) {
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+    const Float value = load(from + i / 2);
+    store(to + i, low_twice(value));
+    store(to + i + kLanes, high_twice(value));
+  }
+  for (; i < count; ++i) to[i] = from[i / 2];
 }
 
 // Columns of the input that a tile reads, and how they lie in the patch.
@@ -126,6 +146,8 @@ struct Window {
 };
 
 struct PatchFloats;
+struct ChangedFloats;
+struct TwiceFloats;
 struct RowFloats;
 struct SumFloats;
 struct MergedFloats;
@@ -141,31 +163,65 @@ Patch read_patch(const float* x, const ConvShape& shape, const ConvFusion& fusio
   // Vectors of the last positions reach past the last channel's plane.
   float* patch = scratch<PatchFloats, float>(static_cast<size_t>(channels * window.plane()) + 2 * kStep);
   const bool doubled = shape.upsample == 2, doubled_y = doubled && shape.in_height > 1;
-  const int64_t span = window.columns * window.stride_x;
-  const int64_t first = halved(window.left, doubled), read = halved(window.left + span - 1, doubled) - first + 1;
-  const bool direct = !doubled && window.stride_x == 1;
-  float* row = scratch<RowFloats, float>(static_cast<size_t>(read));
   const int64_t height = int64_t{shape.in_height} * (doubled_y ? 2 : 1);
+  const int64_t width = int64_t{shape.in_width} * (doubled ? 2 : 1), span = window.columns * window.stride_x;
+  // What the window covers of the plane itself, before doubling.
+  const int64_t top = std::clamp<int64_t>(window.top, 0, height);
+  const int64_t bottom = std::clamp<int64_t>(window.top + window.rows * window.stride_y, top, height);
+  const int64_t left = std::clamp<int64_t>(window.left, 0, width), right = std::clamp(window.left + span, left, width);
+  const Range rows{halved(top, doubled_y), halved(bottom + (doubled_y ? 1 : 0), doubled_y)};
+  const Range columns{halved(left, doubled), halved(right + (doubled ? 1 : 0), doubled)};
+  const int64_t read = columns.end - columns.begin;
+  float* changed = scratch<ChangedFloats, float>(static_cast<size_t>((rows.end - rows.begin) * read + kLanes));
+  float* twice = scratch<TwiceFloats, float>(static_cast<size_t>(2 * read + kLanes));
+  float* line = scratch<RowFloats, float>(static_cast<size_t>(span + kLanes));
   for (int c = 0; c < channels; ++c) {
     const int channel = first_channel + c;
     const int64_t factor = fusion.per_batch ? int64_t{batch} * shape.in_channels + channel : channel;
     const Change change{fusion.scale ? fusion.scale[factor] : 1, fusion.shift ? fusion.shift[factor] : 0,
                         fusion.scale || fusion.shift || kBefore != Activation::kNone};
-    const float* plane = x + (int64_t{batch} * shape.in_channels + channel) * shape.in_height * shape.in_width;
-    for (int64_t i = 0; i < window.rows * window.stride_y; ++i) {
-      const int64_t y = window.top + i, phase = i % window.stride_y * window.stride_x;
-      float* to = patch + c * window.plane() + phase * window.phase() + i / window.stride_y * window.columns;
-      if (y < 0 || y >= height) {
-        for (int s = 0; s < window.stride_x; ++s) std::fill_n(to + s * window.phase(), window.columns, 0.0f);
-        continue;
+    const float* source =
+        x + ((int64_t{batch} * shape.in_channels + channel) * shape.in_height + rows.begin) * shape.in_width +
+        columns.begin;
+    int64_t pitch = shape.in_width;
+    if (change.any) {
+      if (read == pitch) {
+        change_values<kBefore>(source, (rows.end - rows.begin) * read, change, changed);
+      } else {
+        for (int64_t r = 0; r < rows.end - rows.begin; ++r)
+          change_values<kBefore>(source + r * pitch, read, change, changed + r * read);
       }
-      read_row<kBefore>(plane + halved(y, doubled_y) * shape.in_width, shape.in_width, first, read, change,
-                        direct ? to : row);
-      if (direct) continue;
-      for (int s = 0; s < window.stride_x; ++s)
-        for (int64_t k = 0; k < window.columns; ++k)
-          to[s * window.phase() + k] = row[halved(window.left + s + k * window.stride_x, doubled) - first];
+      source = changed;
+      pitch = read;
     }
+    const int64_t plane = c * window.plane();
+    for (int py = 0; py < window.stride_y; ++py)
+      for (int64_t i = 0; i < window.rows; ++i) {
+        const int64_t y = window.top + i * window.stride_y + py;
+        float* to = patch + plane + py * window.stride_x * window.phase() + i * window.columns;
+        if (y < top || y >= bottom) {
+          for (int s = 0; s < window.stride_x; ++s) std::fill_n(to + s * window.phase(), window.columns, 0.0f);
+          continue;
+        }
+        const float* row = source + (halved(y, doubled_y) - rows.begin) * pitch;
+        if (doubled) {
+          each_twice(row, 2 * read, twice);
+          row = twice + (left & 1);
+        }
+        if (window.stride_x == 1) {
+          read_row(row, right - left, window.left - left, span, to);
+          continue;
+        }
+        read_row(row, right - left, window.left - left, span, line);
+        for (int s = 0; s < window.stride_x; ++s) {
+          if (window.stride_x == 2) {
+            every_second(line + s, window.columns, to + s * window.phase());
+          } else {
+            for (int64_t k = 0; k < window.columns; ++k)
+              to[s * window.phase() + k] = line[s + k * window.stride_x];
+          }
+        }
+      }
   }
   return {patch, window.plane()};
 }

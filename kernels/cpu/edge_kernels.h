@@ -87,6 +87,11 @@ void group_norm_factors(const float* x, const float* weight, const float* bias, 
 void codebook_lookup(const int32_t* codes, const float* tables, float* y, int batch, int books, int64_t positions,
                      int size, int channels, int task, int tasks);
 
+// y [rows]: which of `codes` is nearest to each row of x [rows, channels], the first of those that are equally near.
+// panels [panels of 16 codes, channels, 16].
+void nearest_code(const float* x, const float* panels, int64_t* y, int rows, int codes, int channels, int task,
+                  int tasks);
+
 // A convolution over [batch, in_channels, in_height, in_width]; one dimension is the case of height 1. Padding on the
 // far sides follows from the output's size.
 struct ConvShape {

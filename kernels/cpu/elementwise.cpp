@@ -46,7 +46,56 @@ Moments moments_of(const float* x, int64_t count, float eps) {
   return {mean, 1.0f / std::sqrt(squares_of(x, mean, count) / static_cast<float>(count) + eps)};
 }
 
+// Rows that share a pass over the codes.
+constexpr int kNearRows = 4;
+
+// The nearest codes of kRows rows. Squared differences are summed as they are: |x|^2 - 2xe + |e|^2 would cancel.
+template <int kRows>
+void nearest(const float* x, const float* panels, int64_t* y, int codes, int channels) {
+  Int lanes;
+  for (int i = 0; i < kLanes; ++i) lanes[i] = i;
+  Float least[kRows];
+  Int which[kRows] = {};
+  for (Float& value : least) value = splat(HUGE_VALF);
+  for (int first = 0; first < codes; first += kLanes) {
+    const float* from = panels + int64_t{first / kPanel} * channels * kPanel + first % kPanel;
+    Float total[kRows] = {};
+    for (int c = 0; c < channels; ++c) {
+      const Float code = load(from + c * kPanel);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        const Float apart = x[r * channels + c] - code;
+        total[r] += apart * apart;
+      }
+    }
+    const Int at = lanes + first;
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const Int nearer = (total[r] < least[r]) & (at < codes);  // a panel is filled up with zeros
+      least[r] = nearer ? total[r] : least[r];
+      which[r] = nearer ? at : which[r];
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    int best = 0;
+    for (int i = 1; i < kLanes; ++i) {
+      const bool same = least[r][i] == least[r][best] && which[r][i] < which[r][best];
+      if (least[r][i] < least[r][best] || same) best = i;
+    }
+    y[r] = which[r][best];
+  }
+}
+
 }  // namespace
+
+void nearest_code(const float* x, const float* panels, int64_t* y, int rows, int codes, int channels, int task,
+                  int tasks) {
+  const Range part = part_of(rows, task, tasks);
+  int64_t r = part.begin;
+  for (; r + kNearRows <= part.end; r += kNearRows)
+    nearest<kNearRows>(x + r * channels, panels, y + r, codes, channels);
+  for (; r < part.end; ++r) nearest<1>(x + r * channels, panels, y + r, codes, channels);
+}
 
 void rms_norm(const float* x, const float* weight, float eps, float* y, int rows, int columns, int task, int tasks) {
   const Range part = part_of(rows, task, tasks);

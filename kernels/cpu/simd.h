@@ -97,6 +97,37 @@ EDGE_INLINE Int to_int(Float value) { return __builtin_convertvector(value, Int)
 EDGE_INLINE Float max(Float a, Float b) { return a > b ? a : b; }
 EDGE_INLINE Float min(Float a, Float b) { return a < b ? a : b; }
 
+// Lanes 0, 2, 4 ... of two vectors one after the other; and each lane of a half twice.
+EDGE_INLINE Float evens(Float a, Float b) {
+#if defined(__AVX512F__)
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+#elif defined(__AVX2__)
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14);
+#else
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6);
+#endif
+}
+
+EDGE_INLINE Float low_twice(Float a) {
+#if defined(__AVX512F__)
+  return __builtin_shufflevector(a, a, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+#elif defined(__AVX2__)
+  return __builtin_shufflevector(a, a, 0, 0, 1, 1, 2, 2, 3, 3);
+#else
+  return __builtin_shufflevector(a, a, 0, 0, 1, 1);
+#endif
+}
+
+EDGE_INLINE Float high_twice(Float a) {
+#if defined(__AVX512F__)
+  return __builtin_shufflevector(a, a, 8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15, 15);
+#elif defined(__AVX2__)
+  return __builtin_shufflevector(a, a, 4, 4, 5, 5, 6, 6, 7, 7);
+#else
+  return __builtin_shufflevector(a, a, 2, 2, 3, 3);
+#endif
+}
+
 // Halves are added to each other until four lanes are left.
 EDGE_INLINE float sum(Float value) {
 #if defined(__AVX512F__)

@@ -119,6 +119,12 @@ def codebook_lookup(run: Run, codes, tables, size, *, tasks=1) -> Array:
     return y
 
 
+def nearest_code(run: Run, x, codes, *, tasks=1) -> Array:
+    y = np.full(len(x), -1, np.int64)
+    run(Call("nearest_code", [_float(x), cpu_layout.pack_linear(_float(codes)), y], [len(x), *codes.shape]), tasks)
+    return y
+
+
 def conv(run: Run, x, weight, *, out, stride, pad, dilation, groups=1, upsample=1, transposed=False, scale=None,
          shift=None, before="none", bias=None, residual=None, after="none", tasks=1) -> Array:  # fmt: skip
     """x [B, I, H, W]; weight as frameworks hold it; ``out`` (O, H, W) of the result; the rest in pairs (y, x)."""

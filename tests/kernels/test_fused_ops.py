@@ -167,3 +167,21 @@ def check_attention(run, rows, cos, sin, sizes, capacity, splits, results) -> No
         for slots, written in zip(caches, stored, strict=True):
             assert_near(slots[:, :, :steps], written)
             assert np.isnan(slots[:, :, steps:]).all()
+
+
+@pytest.mark.parametrize(("rows", "codes", "channels"), [(1, 1, 1), (64, 256, 8), (7, 1000, 5), (33, 17, 64)])
+def test_nearest_code(run, rows: int, codes: int, channels: int) -> None:
+    random = np.random.default_rng(rows)
+    table = random.standard_normal((codes, channels)) + 3  # so that the zeros that fill a panel are far, then near
+    for x in (random.standard_normal((rows, channels)) + 3, random.standard_normal((rows, channels)) / 10):
+        x, table = x.astype(np.float32), table.astype(np.float32)
+        apart = ((x[:, None].astype(float) - table) ** 2).sum(-1)
+        for tasks in (1, 3):
+            np.testing.assert_array_equal(calls.nearest_code(run, x, table, tasks=tasks), apart.argmin(1))
+
+
+def test_the_first_of_equally_near_codes_is_taken(run) -> None:
+    table = np.repeat(np.eye(3, dtype=np.float32), 40, 0)
+    for tasks in (1, 2):
+        found = calls.nearest_code(run, np.eye(3, dtype=np.float32)[[2, 0, 1, 1, 0]], table, tasks=tasks)
+        assert found.tolist() == [80, 0, 40, 40, 0]
