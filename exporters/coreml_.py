@@ -249,7 +249,7 @@ def _functions(job: Job, recipe: Recipe) -> dict[str, tuple[str, Mapping[str, in
 def _precision(program: Program, recipe: Recipe) -> dict[str, str]:
     weights = stored_precision(program)
     if weights == "float32" and recipe.half:
-        weights = f"palettised {recipe.bits} bits (re-quantised)" if recipe.palettised else "float16"
+        weights = f"palettised, a re-quantisation to {recipe.bits} bits" if recipe.palettised else "float16"
     return {"weights": weights, "activations": "float16" if recipe.half else "float32"}
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 import numpy as np
 
 from runtimes.buckets import History
-from runtimes.coreml_format import BrokenPackage
+from runtimes.coreml_format import AGAIN, BrokenPackage
 from runtimes.session import Array, CheckedSession, Limits, limits_of
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ class Engine(Protocol):
 
     stand_in: str | None
     effective: dict[str, str]
+    names: frozenset[str]
 
     def call(self, name: str, feeds: Mapping[str, Array]) -> dict[str, Array]: ...
 
@@ -48,7 +49,7 @@ class CoreMlSession(CheckedSession):
         self._turned = frozenset(artifact.options.get("turned", ()))
         if self.capacity:
             self._history = History(self.capacity)
-            self._buckets = sorted(map(int, self._functions))
+            self.lengths = tuple(sorted(map(int, self._functions)))
         # Caches that Core ML does not keep as states go in and come out.
         self._caches: dict[str, Array] = {}
         self._forget()
@@ -61,8 +62,7 @@ class CoreMlSession(CheckedSession):
         """
         package = bundle.file(artifact.model).parent
         where = f"{artifact.component} ({artifact.label})"
-        if not isinstance(artifact.options.get("functions"), Mapping):
-            raise BrokenPackage("the manifest names no functions", where, "Make the bundle again with exporters.build.")
+        functions = _functions(artifact, where)
         observed = artifact.options.get("observe", {})
         if sys.platform == "darwin" and not observed:
             from runtimes.coreml_device import Device
@@ -72,6 +72,8 @@ class CoreMlSession(CheckedSession):
             from runtimes.coreml_interpreter import Interpreter
 
             engine = Interpreter(package, observed)
+        if absent := sorted(set(functions.values()) - engine.names):
+            raise BrokenPackage(f"the package lacks the functions {', '.join(absent)} of the manifest", where, AGAIN)
         return cls(engine, artifact, limits_of(bundle, artifact), timing=timing)
 
     def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:
@@ -81,7 +83,7 @@ class CoreMlSession(CheckedSession):
         """Appends tokens in runs of the compiled lengths; the results are those of the last run."""
         results: dict[str, Array] = {}
         self.last_run_seconds = 0.0
-        for chunk, last in self._history.runs(ids, self.position, self._buckets):
+        for chunk, last in self._history.runs(ids, self.position, self.lengths):
             feeds = {"ids": chunk, "last": np.array([last], np.int32)} | self._caches
             results = self._timed(self._functions[str(chunk.shape[1])], feeds)
             for state in self.artifact.states if self._caches else ():
@@ -123,3 +125,14 @@ class CoreMlSession(CheckedSession):
     def _close(self) -> None:
         self._engine.close()
         self._caches = {}
+
+
+def _functions(artifact: Artifact, where: str) -> Mapping[str, str]:
+    """Compiled length or shape -> function, as the manifest has them. Raises BrokenPackage for what cannot be run."""
+    held = artifact.options.get("functions")
+    needed = "1" if artifact.states else "any"
+    if not isinstance(held, Mapping) or not all(isinstance(name, str) for name in held.values()) or needed not in held:
+        raise BrokenPackage(f"the manifest names no function for {needed!r}", where, AGAIN)
+    if artifact.states and not all(key.isascii() and key.isdigit() for key in held):
+        raise BrokenPackage(f"the manifest names functions by {', '.join(held)}, not by lengths", where, AGAIN)
+    return held

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.coreml_format import load_package
+from runtimes.coreml_format import load_package, stored
 from runtimes.errors import Fault
 
 Array = np.ndarray[Any, Any]
@@ -33,6 +33,7 @@ class Device:
 
         self._where, self._package, self._units = where, package, getattr(ct.ComputeUnit, units)
         programs = load_package(package)  # the same refusals as everywhere: version, missing weights
+        self.names = frozenset(programs)
         self._models: dict[str, Any] = {}
         for name in programs:
             self._models[name] = self._guarded(
@@ -40,7 +41,7 @@ class Device:
             )
         self._stateful = any(program.states for program in programs.values())
         self._state: Any = None
-        self.effective = {"compute units": units, **self._placed()}
+        self.effective = {"compute units": units, **self._placed(), **stored(programs.values())}
         self.reset()
 
     def _placed(self) -> dict[str, str]:

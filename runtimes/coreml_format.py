@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -297,6 +297,12 @@ def load_package(folder: Path) -> Mapping[str, Program]:
         raise BrokenPackage(f"cannot be read: {error.strerror}", str(root), AGAIN) from error
     except (ValueError, KeyError, IndexError, TypeError, struct.error) as error:
         raise BrokenPackage(f"is not a Core ML program: {error}", str(root), AGAIN) from error
+
+
+def stored(programs: Iterable[Program]) -> dict[str, str]:
+    """What a reader of the numbers must know of how the weights are stored: that tables of clusters stand for them."""
+    kinds = {operation.type for program in programs for operation in program.operations}
+    return {"weights": "palettised, a re-quantisation"} if "constexpr_lut_to_dense" in kinds else {}
 
 
 def _root(folder: Path) -> Path:

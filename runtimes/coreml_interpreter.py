@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.coreml_format import Name, Operation, Program, load_package
+from runtimes.coreml_format import Name, Operation, Program, load_package, stored
 from runtimes.coreml_ops import OPS
 from runtimes.errors import Fault
 
@@ -192,15 +192,15 @@ class Interpreter:
     def __init__(self, package: Path, observed: Mapping[str, str]) -> None:
         shared: dict[Any, Any] = {}
         # A value that is looked at must be seen, infinite or not.
-        self._functions = {
-            name: Function(program, shared, strict=not observed) for name, program in load_package(package).items()
-        }
+        programs = load_package(package)
+        self._functions = {name: Function(program, shared, strict=not observed) for name, program in programs.items()}
+        self.names = frozenset(programs)
         self._observed = observed
         self._states: dict[str, Array] = {}
         half = any(function.half for function in self._functions.values())
         precision = "float32, rounded to float16 after every operator that says so" if half else "float32"
         self.stand_in: str | None = f"an interpreter of the saved package ({precision})"
-        self.effective = {"precision": precision}
+        self.effective = {"precision": precision, **stored(programs.values())}
         self.reset()
 
     def call(self, name: str, feeds: Mapping[str, Array]) -> dict[str, Array]:

@@ -64,7 +64,11 @@ def attention(
     return out, *present
 
 
-attention.register_fake(attention._init_fn)
+@attention.register_fake
+def _(query, key, value, past_key, past_value, last, cos, sin, heads, kv_heads, *numbers):
+    parts = heads if key is not None else heads + 2 * kv_heads
+    out = query.new_empty(*query.shape[:-1], query.shape[-1] // parts * heads)
+    return out, torch.empty_like(past_key), torch.empty_like(past_value)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::linear", mutates_args=())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from exporters import coreml_package as package
 from runtimes.coreml_format import BrokenPackage, WrongSpecification, load_package
 from runtimes.coreml_interpreter import Function
 from runtimes.errors import Fault
+from runtimes.session import open_session
 from tests.conftest import MakeStudent
 from tests.coreml_maker import exported
 
@@ -84,6 +86,24 @@ def test_damaged_packages(copy: Path, name: str) -> None:
     damage(copy)
     with pytest.raises(kind, match=message):
         load_package(copy)
+
+
+@pytest.mark.parametrize(
+    ("functions", "message"),
+    [
+        (None, "names no function for '1'"),
+        ({"4": "prefill_4"}, "names no function for '1'"),
+        ({"1": 7}, "names no function for '1'"),
+        ({"1": "decode", "many": "prefill_4"}, "not by lengths"),
+        ({"1": "decode", "8": "prefill_8"}, "lacks the functions prefill_8"),
+    ],
+    ids=str,
+)
+def test_functions_of_the_manifest_that_cannot_be_run(make_tiny_student: MakeStudent, functions, message) -> None:
+    held = exported(make_tiny_student())
+    artifact = held.artifacts["lm", "exact"]
+    with pytest.raises(BrokenPackage, match=message):
+        open_session(held.bundle, replace(artifact, options={**artifact.options, "functions": functions}))
 
 
 def test_any_changed_byte_of_the_program_is_a_typed_error_or_a_program(copy: Path) -> None:

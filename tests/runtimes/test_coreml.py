@@ -45,8 +45,12 @@ def test_what_a_session_says_of_itself(int4: Exported) -> None:
     with open_session(int4.bundle, int4.artifacts["lm", "fp16"]) as session:
         assert session.stand_in is not None and "interpreter of the saved package" in session.stand_in
         assert "float16" in session.effective["precision"]
+        assert session.lengths == (1, 4, 16)
     with open_session(int4.bundle, int4.artifacts["lm", "exact"]) as session:
         assert session.effective == {"precision": "float32"}
+        assert session.lengths == (1, 4, 16)
+    with open_session(int4.bundle, int4.artifacts["image_decoder", "fp16"]) as session:
+        assert session.lengths == ()
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
