@@ -7,7 +7,7 @@ import re
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from exporters.program import Inherited
 #: Where an ``.mlpackage`` keeps its two files.
 MODEL, WEIGHTS = "com.apple.CoreML/model.mlmodel", "com.apple.CoreML/weights"
 _DATA = "Data"
+#: A value that is named neither after a node of the Program nor after a matrix, but by a counter.
+_NUMBERED = re.compile(rf"(?!{PREFIX}|matrix_)(?P<stem>.+)_\d+")
 #: Appended to a value's name by the vendor's passes.
 _CASTS = re.compile(r"(_cast_[a-z]+\d+)+$")
 
@@ -61,11 +63,45 @@ def describe(path: Path, texts: Mapping[str, str], metadata: Mapping[str, str]) 
             held.versionString = value
         else:
             held.userDefined[key] = value
+    _renumber(spec)
     file.write_bytes(spec.SerializeToString(deterministic=True))
     for other in path.iterdir():  # the vendor leaves a map for its debugger there
         if other.is_file() and other.name != "Manifest.json":
             other.unlink()
     _write_manifest(path)
+
+
+def _renumber(spec: Any) -> None:
+    """Counts the values that the vendor named by a counter of the whole process from 0 in each function; operations
+    are called after their first result."""
+    for function in spec.mlProgram.functions.values():
+        block = next(iter(function.block_specializations.values()))
+        kept = {*block.outputs, *(feature.name for feature in function.inputs)}
+        names = _settled([output.name for op in block.operations for output in op.outputs], kept)
+        for op in block.operations:
+            bindings = (binding for value in op.inputs.values() for binding in value.arguments)
+            for held in (*op.outputs, *bindings):
+                if held.name in names:
+                    held.name = names[held.name]
+            called = op.outputs[0].name if op.outputs else f"{op.inputs['data'].arguments[0].name}__{op.type}"
+            if "name" in op.attributes:
+                op.attributes["name"].immediateValue.tensor.strings.values[:] = [called]
+
+
+def _settled(values: Iterable[str], kept: Set[str]) -> dict[str, str]:
+    """Name by a counter -> the same counted within ``values``, without those that are ``kept``."""
+    counts: Counter[str] = Counter()
+    names = {}
+    for value in values:
+        numbered = _NUMBERED.fullmatch(value)
+        if numbered is None or value in kept:
+            continue
+        stem = numbered["stem"]
+        while (new := f"{stem}_{counts[stem]}") in kept:
+            counts[stem] += 1
+        counts[stem] += 1
+        names[value] = new
+    return names
 
 
 def _write_manifest(path: Path) -> None:

@@ -32,6 +32,7 @@ class Runner:
             value expected.
         filler: what slots of the cache that were never written hold at the start.
         refused: case -> why this backend cannot take it, or None; `build` must then raise an ExportError saying that.
+        left_out: cases that another target of the backend runs and this one would only repeat; never all of an op.
     """
 
     target: str
@@ -40,6 +41,7 @@ class Runner:
     tolerance: Mapping[str, float]
     filler: float = np.nan
     refused: Callable[[Case], str | None] = lambda case: None
+    left_out: frozenset[str] = frozenset()
 
 
 #: Every backend that runs here.
