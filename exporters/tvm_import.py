@@ -7,6 +7,7 @@ file of parameters.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -120,16 +121,17 @@ class Emitter:
         return self.importer.block_builder.emit(relax.op.astype(value, dtype))
 
     def call(
-        self, symbol: str, given: Sequence[Any], shapes: Sequence[Sequence[Any]], node: fx.Node, part: str = ""
-    ) -> Any:
-        """Calls a kernel with float32 outputs of ``shapes``: one expression, or a list of them.
+        self, symbol: str, given: Sequence[Any], shapes: Sequence[Sequence[Any]], node: fx.Node, part: str = "",
+        dtype: str = "float32",
+    ) -> Any:  # fmt: skip
+        """Calls a kernel with outputs of ``shapes``: one expression, or a list of them.
 
         Args:
             part: what the outputs are of the node's value, "" where the first of them is that value itself.
         """
         name = self.origins.get(node.name, node.name) + part
         fields = [_argument(value) for value in given] + [tvm.ir.StringImm(name)]
-        kinds = [relax.TensorType(list(shape), "float32") for shape in shapes]
+        kinds = [relax.TensorType(list(shape), dtype) for shape in shapes]
         called = relax.call_dps_packed(symbol, relax.Tuple(fields), kinds if len(kinds) > 1 else kinds[0])
         result = self.importer.block_builder.emit(called, name_hint=name.replace(" ", "_"))
         if len(kinds) == 1:
@@ -150,12 +152,21 @@ class Emitter:
         """The slice at ``index`` (0 or more) of an axis, which disappears."""
         if self.shape(value)[axis] == 1:
             return self.importer.block_builder.emit(relax.op.squeeze(value, [axis]))
-        return self.importer.block_builder.emit(relax.op.take(value, relax.const(index, "int64"), axis))
+        return self.importer.block_builder.emit(relax.op.take(value, relax.const(index, "int64"), axis, "clip"))
 
     def largest(self, value: Any, axis: int, keep: bool) -> Any:
         """The largest values along an axis, and where each first stands."""
         emit = self.importer.block_builder.emit
         return self.together(emit(relax.op.max(value, axis, keep)), emit(relax.op.argmax(value, axis, keep)))
+
+    def distances(self, a: Any, b: Any) -> Any:
+        """Euclidean, between the rows of matrices [..., N, K] and [..., M, K]: [..., N, M]."""
+        emit, op = self.importer.block_builder.emit, relax.op
+        turned = emit(op.permute_dims(b, [*range(len(self.shape(b)) - 2), -1, -2]))
+        squares = [emit(op.sum(emit(op.multiply(value, value)), axis, True)) for value, axis in ((a, -1), (turned, -2))]
+        product = emit(op.multiply(emit(op.matmul(a, turned)), relax.const(-2.0, a.ty.dtype)))
+        total = emit(op.add(emit(op.add(product, squares[0])), squares[1]))
+        return emit(op.sqrt(emit(op.maximum(total, relax.const(0.0, a.ty.dtype)))))
 
     def default(self, node: fx.Node) -> Any:
         """What TVM's own importer makes of the node."""
@@ -221,7 +232,8 @@ def _decomposed(program: Program, lowerings: Mapping[Any, Any], references: Mapp
     # TVM resizes where PyTorch would spell out the index of every pixel.
     table.pop(torch.ops.aten.upsample_nearest2d.vec, None)
     table.update(references)
-    with torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore", FutureWarning)  # raised inside torch by its own use of pytree
         return program.exported.run_decompositions(table)
 
 

@@ -176,6 +176,33 @@ def _max(emit: Emitter, node: fx.Node) -> Any:
     return emit.largest(emit.value(given["self"]), given["dim"], given["keepdim"])
 
 
+def _cdist(emit: Emitter, node: fx.Node) -> Any:
+    given = arguments(node)
+    if given["p"] != 2:
+        raise ExportError(
+            f"node {node.name}: aten.cdist of p = {given['p']}, only 2 is known",
+            where=f"{emit.program.entry} for tvm",
+            way_out="Choose another backend with --backends.",
+        )
+    return emit.distances(emit.value(given["x1"]), emit.value(given["x2"]))
+
+
+def _argmin(emit: Emitter, node: fx.Node) -> Any:
+    """One kernel for the nearest row of a constant table; its distances are then not computed for themselves."""
+    given = arguments(node)
+    distances = given["self"]
+    near = distances.target is ATEN.cdist.default and given["dim"] in (1, -1) and not given["keepdim"]
+    if not (near and len(distances.users) == 1 and distances.meta["val"].dim() == 2):
+        return emit.default(node)
+    rows, codes, p = (arguments(distances)[name] for name in ("x1", "x2", "p"))
+    if p != 2 or not emit.is_constant(codes):
+        return emit.default(node)
+    count, channels = codes.meta["val"].shape
+    x = emit.float32(rows)
+    table = emit.weight(codes, "panels", "float32", (-(-count // PANEL), channels, PANEL), cpu_layout.pack_linear)
+    return emit.call("edge_nearest_code", [x, table, count], [emit.shape(x)[:1]], node, dtype="int64")
+
+
 def _add(emit: Emitter, node: fx.Node) -> Any:
     plan = tvm_fusion.ending_in(node)
     return emit.default(node) if plan is None else _convolve(emit, plan, node)
@@ -242,6 +269,8 @@ def lowerings() -> dict[torch._ops.OpOverload, Lowering]:
         ATEN.group_norm.default: _group_norm,
         ATEN.add.Tensor: _add,
         ATEN.max.dim: _max,
+        ATEN.cdist.default: _cdist,
+        ATEN.argmin.default: _argmin,
         ATEN.select.int: _select,
         ATEN.div.Tensor: _identity_or_default,
         ATEN.clone.default: _identity_or_default,

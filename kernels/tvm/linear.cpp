@@ -46,6 +46,14 @@ void CodebookLookup(TensorView codes, TensorView tables, int64_t size, String, T
                   static_cast<int>(size), last_size(tables), 0, 1);
 }
 
+void NearestCode(TensorView x, TensorView panels, int64_t codes, String, TensorView y) {
+  const int m = rows(x), channels = last_size(x);
+  launch(int64_t{m} * codes * channels, [&](int task, int tasks) {
+    nearest_code(floats(x), floats(panels), static_cast<int64_t*>(y.data_ptr()), m, static_cast<int>(codes), channels,
+                 task, tasks);
+  });
+}
+
 }  // namespace
 }  // namespace edge
 
@@ -53,3 +61,4 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(edge_quantized_linear, edge::QuantizedLinear);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(edge_quantized_embedding, edge::QuantizedEmbedding);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(edge_linear, edge::Linear);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(edge_codebook_lookup, edge::CodebookLookup);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(edge_nearest_code, edge::NearestCode);

@@ -10,6 +10,11 @@
 
 #include <cstdint>
 
+// TVM's runtime exports it, but its package has no header for it: how many threads the caller's pool has.
+namespace tvm::runtime::threading {
+__attribute__((visibility("default"))) int NumThreads();
+}
+
 namespace edge {
 
 using tvm::ffi::Optional;
@@ -43,10 +48,11 @@ inline int rows(const TensorView& tensor) { return static_cast<int>(count(tensor
 // Waking another thread costs as much as this many multiplications.
 constexpr int64_t kWorthThreads = 1 << 17;
 
-// kernel(task, tasks) for every task: on TVM's threads where there is enough `work` (multiplications), else here.
+// kernel(task, tasks) for every task: on TVM's threads where there is enough `work` (multiplications), else here. TVM's
+// launch asks the system for the number of processors each time, which takes longer than a small convolution.
 template <class Kernel>
 void launch(int64_t work, Kernel kernel) {
-  if (work < kWorthThreads) {
+  if (work < kWorthThreads || tvm::runtime::threading::NumThreads() == 1) {
     kernel(0, 1);
     return;
   }

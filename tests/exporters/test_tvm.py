@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
 from device_profiles import load_profile
@@ -18,12 +19,12 @@ from exporters import inheritance
 from exporters.backends import Job
 from exporters.errors import ExportError
 from exporters.families import capture_student
-from exporters.program import Program
+from exporters.program import Program, capture
 from exporters.student import Student, load_student
 from exporters.tvm_ import LENGTHS, TvmExporter
 from exporters.tvm_kernels import CompilerError, run_compiler
 from exporters.tvm_targets import VARIANTS, cpu_target
-from runtimes.bundle import Artifact
+from runtimes.bundle import Artifact, TensorSpec
 from runtimes.session import BackendUnavailable, Limits
 from runtimes.tvm_ import Loaded, TvmSession
 from runtimes.tvm_files import check_machine, extensions
@@ -81,6 +82,38 @@ def test_convolutions_take_norms_sums_and_activations_along(exported: Exported) 
     image = exported.artifacts["image_decoder", "exact"].operators
     assert image["edge_group_norm_factors"] > 10 and image["edge_group_norm"] == 1
     assert not {"edge_activate", "relax.nn.silu", "relax.nn.conv2d"} & set(image)
+
+
+def test_the_nearest_code_is_one_kernel(exported: Exported) -> None:
+    operators = exported.artifacts["image_encoder", "exact"].operators
+    assert operators["edge_nearest_code"] == 1
+    assert not {"relax.argmin", "relax.sqrt"} & set(operators)
+
+
+class Nearest(torch.nn.Module):
+    """The nearest codes of rows and, where asked for, the distances too."""
+
+    def __init__(self, told: bool) -> None:
+        super().__init__()
+        self.told = told
+        self.codes = torch.nn.Parameter(torch.randn(40, 6, generator=torch.Generator().manual_seed(1)))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        distances = torch.cdist(x, self.codes)
+        nearest = distances.argmin(1).to(torch.int32)
+        return (nearest, distances) if self.told else (nearest,)
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_distances_that_something_else_reads_are_computed(told: bool, tmp_path: Path) -> None:
+    module, x = Nearest(told).eval(), torch.randn(9, 6, generator=torch.Generator().manual_seed(2))
+    outputs = (TensorSpec("nearest", "int32", (9,)), TensorSpec("distances", "float32", (9, 40)))[: 2 if told else 1]
+    program = capture("image_encoder", module, (x,), {}, outputs, ("x",))
+    [artifact] = TvmExporter().export(Job(program, load_profile("host"), tmp_path, (EXACT,)))
+    assert artifact.operators.get("edge_nearest_code", 0) == (not told)
+    loaded = Loaded(artifact, tmp_path / artifact.model, tmp_path / artifact.options["parameters"])
+    for actual, expected in zip(loaded.call("run", {"x": x.numpy()}), module(x), strict=True):
+        np.testing.assert_allclose(actual, expected.detach().numpy(), rtol=1e-5, atol=1e-5)
 
 
 def test_lengths_stop_at_the_context(exported: Exported) -> None:
