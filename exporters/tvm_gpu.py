@@ -6,7 +6,7 @@ There are no C++ kernels there. Every fused op is its reference in TVM's words; 
 from __future__ import annotations
 
 import json
-import re
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,6 +21,7 @@ from tvm import relax
 from exporters import ops
 from exporters.errors import ExportError
 from exporters.ops.kv_attention import _split, query_positions, rotate, visible
+from exporters.tvm_compile import KERNELS, Request, compile_apart
 
 if TYPE_CHECKING:
     from device_profiles.schema import Profile
@@ -97,13 +98,6 @@ HOSTS: Mapping[tuple[str, str], str] = {
     ("aarch64", "macos"): "arm64-apple-macos",
     ("wasm32", "browser"): "wasm32-unknown-unknown-wasm",
 }
-#: kind of TVM's target -> what stands in front of a kernel's name in its source
-KERNELS: Mapping[str, str] = {
-    "cuda": r"__global__ void (?:__launch_bounds__\(\d+\) )?(\w+)\(",
-    "metal": r"kernel void (\w+)\(",
-    "opencl": r"__kernel void (\w+)\(",
-    "webgpu": r"// Function: (\w+)",
-}
 
 
 def refusals(program: Program, profile: Profile) -> list[str]:
@@ -127,24 +121,17 @@ def compile_objects(functions: Mapping[str, relax.Function], profile: Profile, p
     """Writes a tar of object files for the device's own linker; kernel -> 1.
 
     Raises:
-        ExportError: the generated code holds no kernel.
+        ExportError: TVM does not compile it, or the generated code holds no kernel.
     """
+    module = tvm.IRModule({name: f.with_attr("global_symbol", name) for name, f in functions.items()})
     described = json.loads(profile.tvm_target or "{}")
     host = {"kind": "llvm", "mtriple": HOSTS[profile.arch, profile.os]}
-    target = tvm.target.Target(described, host=host)
-    module = tvm.IRModule({name: f.with_attr("global_symbol", name) for name, f in functions.items()})
-    with target:
-        built = tvm.compile(module, target, relax_pipeline=relax.pipeline.get_default_pipeline(target))
-    found = re.findall(KERNELS[described["kind"]], _source(built.mod, described["kind"]))
+    with tempfile.TemporaryDirectory(prefix="tvm-") as scratch:
+        saved = Path(scratch) / "module.json"
+        saved.write_text(tvm.ir.save_json(module))
+        found = compile_apart(Request(str(saved), described, host, str(path.absolute())))
     if not found:
         raise ExportError(
             f"no kernel in the code for {described['kind']}", where=str(path.name), way_out="Choose another backend."
         )
-    built.export_library(str(path))
     return dict(sorted(Counter(found).items()))
-
-
-def _source(module: Any, kind: str) -> str:
-    """The device's code as text, out of a module or those that it imports."""
-    own = module.inspect_source() if module.kind == kind else ""
-    return own + "".join(_source(imported, kind) for imported in module.imports)
