@@ -95,7 +95,6 @@ void sum_panel(const Patch& patch, int channels, const Tap* taps, int count, con
 // What becomes of a channel's values on the way in.
 struct Change {
   float scale, shift;
-  bool any;  // else they are copied as they are
 };
 
 // to[i] = activation(from[i] * scale + shift).
@@ -107,33 +106,33 @@ void change_values(const float* from, int64_t count, const Change& change, float
   });
 }
 
-// `count` values of a row from `begin` on, zeros beyond both ends of its `width`.
-void read_row(const float* row, int64_t width, int64_t begin, int64_t count, float* to) {
-  const int64_t left = std::clamp<int64_t>(-begin, 0, count);
-  const int64_t right = std::clamp<int64_t>(width - begin, left, count);
-  for (int64_t i = 0; i < left; ++i) to[i] = 0;
-  each_vector(right - left, [&](int64_t i, int there) {
-    store_up_to(to + left + i, load_up_to(row + begin + left + i, there), there);
-  });
-  for (int64_t i = right; i < count; ++i) to[i] = 0;
-}
-
 // to[i] = from[2 * i]; reads 2 * count - 1 values.
 void every_second(const float* from, int64_t count, float* to) {
-  int64_t i = 0;
-  for (; i + kLanes < count; i += kLanes) store(to + i, evens(load(from + 2 * i), load(from + 2 * i + kLanes)));
-  for (; i < count; ++i) to[i] = from[2 * i];
+  each_vector(count, [&](int64_t i, int there) {
+    const int there_twice = 2 * there - 1;
+    const Float low = load_up_to(from + 2 * i, std::min(kLanes, there_twice));
+    const Float high = there_twice > kLanes ? load_part(from + 2 * i + kLanes, there_twice - kLanes) : Float{};
+    store_up_to(to + i, evens(low, high), there);
+  });
 }
 
-// to[2 * i] = to[2 * i + 1] = from[i], for `count` values of `to`.
+// to[2 * i] = to[2 * i + 1] = from[i], for `count` values of `from`.
 void each_twice(const float* from, int64_t count, float* to) {
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
-    const Float value = load(from + i / 2);
-    store(to + i, low_twice(value));
-    store(to + i + kLanes, high_twice(value));
-  }
-  for (; i < count; ++i) to[i] = from[i / 2];
+  each_vector(count, [&](int64_t i, int there) {
+    const Float value = load_up_to(from + i, there);
+    store_up_to(to + 2 * i, low_twice(value), std::min(kLanes, 2 * there));
+    if (2 * there > kLanes) store_up_to(to + 2 * i + kLanes, high_twice(value), 2 * there - kLanes);
+  });
+}
+
+// to[i] = from[stride * i].
+EDGE_INLINE void every(int stride, const float* from, int64_t count, float* to) {
+  if (stride == 1)
+    each_vector(count, [&](int64_t i, int there) { store_up_to(to + i, load_up_to(from + i, there), there); });
+  else if (stride == 2)
+    every_second(from, count, to);
+  else
+    for (int64_t i = 0; i < count; ++i) to[i] = from[i * stride];
 }
 
 // Columns of the input that a tile reads, and how they lie in the patch.
@@ -148,7 +147,7 @@ struct Window {
 struct PatchFloats;
 struct ChangedFloats;
 struct TwiceFloats;
-struct RowFloats;
+struct PhaseReach;
 struct SumFloats;
 struct MergedFloats;
 struct TapList;
@@ -160,8 +159,6 @@ int64_t halved(int64_t at, bool doubled) { return doubled ? at >> 1 : at; }
 template <Activation kBefore>
 Patch read_patch(const float* x, const ConvShape& shape, const ConvFusion& fusion, int batch, int first_channel,
                  int channels, const Window& window) {
-  // Vectors of the last positions reach past the last channel's plane.
-  float* patch = scratch<PatchFloats, float>(static_cast<size_t>(channels * window.plane()) + 2 * kStep);
   const bool doubled = shape.upsample == 2, doubled_y = doubled && shape.in_height > 1;
   const int64_t height = int64_t{shape.in_height} * (doubled_y ? 2 : 1);
   const int64_t width = int64_t{shape.in_width} * (doubled ? 2 : 1), span = window.columns * window.stride_x;
@@ -172,56 +169,53 @@ Patch read_patch(const float* x, const ConvShape& shape, const ConvFusion& fusio
   const Range rows{halved(top, doubled_y), halved(bottom + (doubled_y ? 1 : 0), doubled_y)};
   const Range columns{halved(left, doubled), halved(right + (doubled ? 1 : 0), doubled)};
   const int64_t read = columns.end - columns.begin;
+  const bool changes = fusion.scale || fusion.shift || kBefore != Activation::kNone;
+  // A single tap reads whole vectors of positions where they lie.
+  const bool alone = shape.kernel_height * shape.kernel_width * window.stride_y * window.stride_x == 1;
+  if (alone && !changes && !doubled && read == shape.in_width && window.columns == read &&
+      rows.end - rows.begin == window.rows && window.phase() % kLanes == 0) {
+    const int64_t plane = int64_t{shape.in_height} * shape.in_width;
+    return {x + (int64_t{batch} * shape.in_channels + first_channel) * plane + rows.begin * read, plane};
+  }
+  Range* reach = scratch<PhaseReach, Range>(static_cast<size_t>(window.stride_x));
+  for (int s = 0; s < window.stride_x; ++s)
+    reach[s] = {ceil_div(left - window.left - s, window.stride_x), ceil_div(right - window.left - s, window.stride_x)};
+  // Vectors of the last positions reach past the last channel's plane.
+  float* patch = scratch<PatchFloats, float>(static_cast<size_t>(channels * window.plane()) + 2 * kStep);
   float* changed = scratch<ChangedFloats, float>(static_cast<size_t>((rows.end - rows.begin) * read + kLanes));
-  float* twice = scratch<TwiceFloats, float>(static_cast<size_t>(2 * read + kLanes));
-  float* line = scratch<RowFloats, float>(static_cast<size_t>(span + kLanes));
+  float* twice = scratch<TwiceFloats, float>(static_cast<size_t>(2 * read));
+  if (bottom - top < window.rows * window.stride_y || right - left < span)
+    std::fill_n(patch, channels * window.plane(), 0.0f);
   for (int c = 0; c < channels; ++c) {
     const int channel = first_channel + c;
     const int64_t factor = fusion.per_batch ? int64_t{batch} * shape.in_channels + channel : channel;
-    const Change change{fusion.scale ? fusion.scale[factor] : 1, fusion.shift ? fusion.shift[factor] : 0,
-                        fusion.scale || fusion.shift || kBefore != Activation::kNone};
-    const float* source =
-        x + ((int64_t{batch} * shape.in_channels + channel) * shape.in_height + rows.begin) * shape.in_width +
-        columns.begin;
+    const Change change{fusion.scale ? fusion.scale[factor] : 1, fusion.shift ? fusion.shift[factor] : 0};
     int64_t pitch = shape.in_width;
-    if (change.any) {
-      if (read == pitch) {
-        change_values<kBefore>(source, (rows.end - rows.begin) * read, change, changed);
-      } else {
-        for (int64_t r = 0; r < rows.end - rows.begin; ++r)
-          change_values<kBefore>(source + r * pitch, read, change, changed + r * read);
-      }
+    const float* source =
+        x + ((int64_t{batch} * shape.in_channels + channel) * shape.in_height + rows.begin) * pitch + columns.begin;
+    if (changes) {
+      const bool whole = read == pitch;
+      for (int64_t r = rows.begin; r < (whole ? rows.begin + 1 : rows.end); ++r)
+        change_values<kBefore>(source + (r - rows.begin) * pitch, whole ? (rows.end - rows.begin) * read : read,
+                               change, changed + (r - rows.begin) * read);
       source = changed;
       pitch = read;
     }
-    const int64_t plane = c * window.plane();
-    for (int py = 0; py < window.stride_y; ++py)
-      for (int64_t i = 0; i < window.rows; ++i) {
-        const int64_t y = window.top + i * window.stride_y + py;
-        float* to = patch + plane + py * window.stride_x * window.phase() + i * window.columns;
-        if (y < top || y >= bottom) {
-          for (int s = 0; s < window.stride_x; ++s) std::fill_n(to + s * window.phase(), window.columns, 0.0f);
-          continue;
-        }
+    for (int py = 0; py < window.stride_y; ++py) {
+      float* to = patch + c * window.plane() + py * window.stride_x * window.phase();
+      for (int64_t i = 0, y = window.top + py; i < window.rows; ++i, y += window.stride_y, to += window.columns) {
+        if (y < top || y >= bottom) continue;
         const float* row = source + (halved(y, doubled_y) - rows.begin) * pitch;
         if (doubled) {
-          each_twice(row, 2 * read, twice);
+          each_twice(row, read, twice);
           row = twice + (left & 1);
         }
-        if (window.stride_x == 1) {
-          read_row(row, right - left, window.left - left, span, to);
-          continue;
-        }
-        read_row(row, right - left, window.left - left, span, line);
         for (int s = 0; s < window.stride_x; ++s) {
-          if (window.stride_x == 2) {
-            every_second(line + s, window.columns, to + s * window.phase());
-          } else {
-            for (int64_t k = 0; k < window.columns; ++k)
-              to[s * window.phase() + k] = line[s + k * window.stride_x];
-          }
+          every(window.stride_x, row + window.left + s + reach[s].begin * window.stride_x - left,
+                reach[s].end - reach[s].begin, to + s * window.phase() + reach[s].begin);
         }
       }
+    }
   }
   return {patch, window.plane()};
 }
