@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from runtimes.bundle import Artifact, Bundle
 
 EXPORT, LOSS, INHERITANCE = "export", "quantisation-loss", "inheritance"
-#: form of convolutions that the build quantised itself; its gate has the form's name
-INT8 = "int8"
+#: forms whose float weights the build quantised itself, when asked to; each has the gate of its name
+REQUANTISED = ("int8", "palettised")
 #: what a runtime calls a half precision -> the gate's name for it
 _HALVES = {"bf16": "bf16", "f16": "fp16"}
 
@@ -36,7 +36,7 @@ _TAIL = "hand-set: one position in a thousand may carry 100 times the mean limit
 _TIE = "hand-set: a code whose two nearest entries are equally far may flip in float32"
 _FAST = "hand-set: activations may cost what int4 weights may"
 _HALF = "hand-set: ten times the starting limit of the exact mode, where the bundle has no noise floor"
-_EIGHT = "hand-set: what 8-bit convolutions may move a picture or a sound by, on top of the loss against the original"
+_EIGHT = "hand-set: what 8-bit weights may move a picture or a sound by, on top of the loss against the original"
 _VIEW = "hand-set: the fp16 decoder limit of 40 dB, in the terms of the medium"
 
 _EXPORT_FLOAT = {"relative_max_error": Limit(1e-4, _START), "same_top": Limit(1.0, "starting limit: ties apart")}
@@ -81,8 +81,8 @@ def export_gate(artifact: Artifact, effective: Mapping[str, str] | None = None) 
         effective: what the loaded model computes in, as its session says. A fast mode that turns out to compute in
             bfloat16 or float16 is held to that precision's noise floor, any other to the limits of "export-fast".
     """
-    if artifact.form == INT8:
-        return f"{EXPORT}-{INT8}"
+    if artifact.form in REQUANTISED:
+        return f"{EXPORT}-{artifact.form}"
     if artifact.mode == "exact":
         return EXPORT
     half = _HALVES.get((effective or {}).get("precision", ""), artifact.mode)
@@ -95,11 +95,12 @@ def export_limits(bundle: Bundle, artifact: Artifact, gate: str) -> dict[str, Li
     if artifact.component == "lm":
         plain = _EXPORT_FLOAT if in_full and weight_class(artifact) == "float32" else _EXPORT_QUANTISED
         defaults = {"exact": plain, "fp16": _EXPORT_HALF, "fast": _EXPORT_FAST}[artifact.mode]
+        defaults = _EXPORT_FAST if artifact.form in REQUANTISED else defaults
     elif artifact.component.endswith("_encoder"):
         defaults = _CODES
     else:
         full = _SIGNAL_FLOAT if in_full and artifact.mode == "exact" else _SIGNAL_HALF
-        defaults = _SIGNAL_INT8 if artifact.form == INT8 else full
+        defaults = _SIGNAL_INT8 if artifact.form in REQUANTISED else full
         other = {"image_decoder": ("si_snr",), "audio_decoder": ("psnr", "ssim", "psnr_loss")}[artifact.component]
         defaults = {metric: limit for metric, limit in defaults.items() if metric not in other}
     return _from_manifest(bundle, artifact.component, gate, defaults)
