@@ -154,6 +154,10 @@ class Emitter:
             return self.importer.block_builder.emit(relax.op.squeeze(value, [axis]))
         return self.importer.block_builder.emit(relax.op.take(value, relax.const(index, "int64"), axis, "clip"))
 
+    def rows(self, table: Any, indices: Any) -> Any:
+        """Rows of a table; an index beyond it reads its last one, where TVM's own form would read past the memory."""
+        return self.importer.block_builder.emit(relax.op.take(table, indices, 0, "clip"))
+
     def largest(self, value: Any, axis: int, keep: bool) -> Any:
         """The largest values along an axis, and where each first stands."""
         emit = self.importer.block_builder.emit

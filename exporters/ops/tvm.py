@@ -176,6 +176,11 @@ def _max(emit: Emitter, node: fx.Node) -> Any:
     return emit.largest(emit.value(given["self"]), given["dim"], given["keepdim"])
 
 
+def _embedding(emit: Emitter, node: fx.Node) -> Any:
+    given = arguments(node)
+    return emit.rows(emit.value(given["weight"]), emit.value(given["indices"]))
+
+
 def _cdist(emit: Emitter, node: fx.Node) -> Any:
     given = arguments(node)
     if given["p"] != 2:
@@ -269,6 +274,7 @@ def lowerings() -> dict[torch._ops.OpOverload, Lowering]:
         ATEN.group_norm.default: _group_norm,
         ATEN.add.Tensor: _add,
         ATEN.max.dim: _max,
+        ATEN.embedding.default: _embedding,
         ATEN.cdist.default: _cdist,
         ATEN.argmin.default: _argmin,
         ATEN.select.int: _select,
