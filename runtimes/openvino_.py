@@ -62,6 +62,8 @@ class OpenVinoSession(CheckedSession):
         self._requests: OrderedDict[tuple, Any] = OrderedDict()
         self._previous: tuple = ()
         self.effective = effective(compiled)
+        if "float_layers" in artifact.options:  # which convolutions are int8 is part of what a gate judges
+            self.effective["weights"] = artifact.precision["weights"]
         if not artifact.states:
             self.effective.pop("KV cache", None)
         self._names = [spec.name for spec in artifact.outputs]
