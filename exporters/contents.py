@@ -157,7 +157,7 @@ def tolerances(
             add(component, "export-int8", "psnr_loss", profile.codec_int8_loss_db, source("codec_int8_loss_db"))
     for found in floors:
         for metric, value in found.metrics.items():
-            floor = f"the {found.precision} reference is at {value:.3g} against float32"
+            floor = f"the {found.precision} reference is at {value:.6g} against float32"
             text = f"{FLOOR_FACTOR} x the power of the noise floor: {floor}"
             add(found.component, f"export-{found.precision}", metric, _above_floor(metric, value), text)
     return rows

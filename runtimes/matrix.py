@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from runtimes.report import Result
 
 GATE = "export"
+#: Metrics whose distance from 1 is what counts.
+_SHARES = ("same_top", "ssim", "codes_equal")
 
 
 def parity_matrix(reports: Mapping[str, Iterable[Result]]) -> str:
@@ -40,11 +42,12 @@ def parity_matrix(reports: Mapping[str, Iterable[Result]]) -> str:
 
 
 def _line(row: Result, letter: str) -> str:
-    value = "not run" if row.value is None else f"{row.value:.3g}"
+    digits = 6 if row.metric in _SHARES else 3
+    value = "not run" if row.value is None else f"{row.value:.{digits}g}"
     if row.limit is None:
         return f"`{row.form}/{row.mode}` {value}: {row.status}"
     sign = "≥" if row.metric in HIGHER_IS_BETTER else "≤"
-    return f"`{row.form}/{row.mode}` {value} ({sign} {row.limit:.3g} {letter}): {row.status}"
+    return f"`{row.form}/{row.mode}` {value} ({sign} {row.limit:.{digits}g} {letter}): {row.status}"
 
 
 def _letter(index: int) -> str:
