@@ -159,16 +159,20 @@ def tolerances(
         for metric, value in found.metrics.items():
             floor = f"the {found.precision} reference is at {value:.6g} against float32"
             text = f"{FLOOR_FACTOR} x the power of the noise floor: {floor}"
-            add(found.component, f"export-{found.precision}", metric, _above_floor(metric, value), text)
+            add(
+                found.component, f"export-{found.precision}", metric, _above_floor(metric, value, found.positions), text
+            )
     return rows
 
 
-def _above_floor(metric: str, value: float) -> float:
+def _above_floor(metric: str, value: float, positions: int) -> float:
     """The limit that a noise floor gives."""
     if metric in ("mean_kl", "p999_kl"):
         return FLOOR_FACTOR * value
     if metric == "same_top":
-        return 1 - max(math.sqrt(FLOOR_FACTOR) * (1 - value), LEAST_FLIPS)
+        # A handful of flips is a count: three of its standard deviations on top.
+        expected = positions * max(math.sqrt(FLOOR_FACTOR) * (1 - value), LEAST_FLIPS)
+        return 1 - (expected + 3 * math.sqrt(expected)) / positions
     if metric == "ssim":
         return 1 - FLOOR_FACTOR * (1 - value)
     return value - 10 * math.log10(FLOOR_FACTOR)  # decibels

@@ -59,7 +59,8 @@ def write_lm(
     floors = []
     for precision in precisions:
         moved = _forced(build_reference(student, DTYPES[precision]), ids, prompts)
-        floors.append(Floor("lm", precision, logit_noise(tensors["logits"], moved, tie)))
+        positions = moved.shape[0] * moved.shape[1]
+        floors.append(Floor("lm", precision, logit_noise(tensors["logits"], moved, tie), positions))
     return float(noise), floors
 
 

@@ -26,11 +26,13 @@ class Floor:
     Attributes:
         precision: a key of DTYPES.
         metrics: metric -> value, the worst over all golden cases.
+        positions: of logits that they were measured on; 0 for signals.
     """
 
     component: str
     precision: str
     metrics: Mapping[str, float]
+    positions: int = 0
 
 
 def logit_noise(reference: np.ndarray, result: np.ndarray, tie: float) -> dict[str, float]:
