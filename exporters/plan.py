@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from device_profiles.schema import FORMS as KNOWN_FORMS
@@ -99,17 +99,24 @@ def check_backends(names: Iterable[str]) -> tuple[str, ...]:
     return chosen
 
 
-def forecast(profile: Profile, programs: Iterable[Program], golden_bytes: int) -> Forecast:
-    """Sizes from the weights' shapes and the state's, without reading a weight."""
-    weights = states = 0
+def forecast(
+    profile: Profile, programs: Iterable[Program], golden_bytes: int, copies: Mapping[str, int] | None = None
+) -> Forecast:
+    """Sizes from the weights' shapes and the state's, without reading a weight.
+
+    Args:
+        copies: component -> how many backends write its weights, each in files of its own (1 where it is not named).
+    """
+    weights = states = files = 0
     per_token = None
     for program in programs:
-        weights += sum(constant.nbytes for constant in program.constants.values())
+        own = sum(constant.nbytes for constant in program.constants.values())
+        weights, files = weights + own, files + own * (copies or {}).get(program.entry, 1)
         states += sum(state_bytes(program))
         if (read := bytes_per_token(program)) is not None:
             per_token = read + sum(state_bytes(program)) // 2  # a cache that is half full
     rate = profile.bandwidth_bytes_per_s / per_token if profile.bandwidth_bytes_per_s and per_token else None
-    return Forecast(weights + golden_bytes, RUNTIME_BYTES + 2 * weights + states, per_token, rate)
+    return Forecast(files + golden_bytes, RUNTIME_BYTES + 2 * weights + states, per_token, rate)
 
 
 def state_bytes(program: Program) -> Iterable[int]:

@@ -26,8 +26,9 @@ def host() -> Profile:
 def test_what_a_profile_names_is_made_or_has_a_reason(exported_lm: ExportLm, host: Profile) -> None:
     entries = plan_entries(host, exported_lm("int4").program, None)
     assert [entry.label for entry in entries] == list(host.components["lm"])
-    for entry in entries:
-        assert entry.left_out == ("" if entry.backend == "onnx" else "not built in this version")
+    assert {entry.left_out for entry in entries} == {""}
+    orin = {e.backend: e.left_out for e in plan_entries(load_profile("jetson-orin"), exported_lm("int4").program, None)}
+    assert orin == {"tensorrt": "not built in this version", "onnx": "", "tvm": ""}
 
 
 def test_backends_that_were_not_asked_for_are_left_out(exported_lm: ExportLm, host: Profile) -> None:
@@ -36,7 +37,7 @@ def test_backends_that_were_not_asked_for_are_left_out(exported_lm: ExportLm, ho
         "not among --backends"
     }
     with pytest.raises(PlanError, match=r"nothing can be made for lm \(onnx/fused/exact: not among --backends"):
-        plan_entries(host, program, ["tvm"])
+        plan_entries(host, program, ["coreml"])
 
 
 def test_float_weights_have_no_fast_mode(exported_lm: ExportLm, host: Profile) -> None:
@@ -51,7 +52,7 @@ def test_an_older_opset_leaves_the_newer_form_out(exported_lm: ExportLm, host: P
     assert "needs opset 24, the profile has 23" in older["onnx/standard/exact"]
     assert older["onnx/fused/exact"] == ""
     with pytest.raises(PlanError, match="needs opset 23, the profile has 18"):
-        plan_entries(replace(host, onnx_opset=18), program, None)
+        plan_entries(replace(host, onnx_opset=18), program, ["onnx"])
 
 
 def test_a_profile_without_the_component_is_refused(exported_lm: ExportLm, host: Profile) -> None:
@@ -64,16 +65,16 @@ def test_backends_are_known_and_built() -> None:
     assert check_backends(["onnx", "tvm"]) == ("onnx", "tvm")
     with pytest.raises(PlanError, match=r"unknown backend 'onx'.*Known: onnx, openvino"):
         check_backends(["onnx", "onx"])
-    with pytest.raises(PlanError, match=r"none of tvm, coreml is built in this version.*Built: onnx"):
-        check_backends(["tvm", "coreml"])
+    with pytest.raises(PlanError, match=r"none of tensorrt is built in this version.*Built: onnx"):
+        check_backends(["tensorrt"])
 
 
 def test_the_forecast_is_near_the_real_bundle(
     tiny_student: Path, make_tiny_student: MakeStudent, tiny_bundle: Path, host: Profile
 ) -> None:
-    planned = stages.plan(tiny_student, make_tiny_student(variant="float"), host, None, None, quiet)
+    planned = stages.plan(tiny_student, make_tiny_student(variant="float"), host, ["onnx"], None, quiet)
     real = sum(file.size for file in load_bundle(tiny_bundle).files.values())
-    assert abs(planned.forecast.bundle_bytes / real - 1) < 0.2
+    assert abs(planned.forecast.bundle_bytes / real - 1) < 0.25
     assert planned.capacity == 256
     weights = load_bundle(tiny_bundle).artifact("lm").bytes_per_token
     cache = sum(state_bytes(planned.programs["lm"]))
@@ -88,6 +89,7 @@ def test_speed_is_bandwidth_over_bytes_and_unknown_without_it(exported_lm: Expor
     weights = sum(constant.nbytes for constant in program.constants.values())
     cache = sum(4 * state.shape[1] * state.shape[2] * state.shape[3] for state in program.states)
     assert found.bundle_bytes == weights + 1000
+    assert forecast(host, [program], 1000, {"lm": 3}).bundle_bytes == 3 * weights + 1000  # three backends' files
     assert sum(state_bytes(program)) == cache
     # A step reads every weight but the RoPE tables, of which attention takes a row, and a cache that is half full.
     tables = sum(program.constants[f"model.rotary_emb.{name}"].nbytes for name in ("cos", "sin"))
