@@ -7,6 +7,7 @@ under an emulator, where there is one (runtimes/tvm_emulated.py).
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -142,6 +143,8 @@ class Loaded:
     stand_in: str | None = None
 
     def __init__(self, artifact: Artifact, library: Path, parameters: Path) -> None:
+        # TVM would bind the calling thread to one core, and with it every other session of the process.
+        os.environ.setdefault("TVM_BIND_THREADS", "0")
         import tvm
 
         read = read_parameters(parameters)

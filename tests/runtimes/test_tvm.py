@@ -77,6 +77,13 @@ def test_a_session_says_which_lengths_it_is_compiled_for(native: Bundle) -> None
         assert session.lengths == ()
 
 
+def test_the_callers_thread_is_bound_to_no_core(native: Bundle) -> None:
+    before = os.sched_getaffinity(0)
+    with open_session(native, native.artifact("lm", "tvm"), 1) as session:
+        session.run({"ids": np.zeros((1, 3), np.int32)})
+        assert os.sched_getaffinity(0) == before
+
+
 def test_threads_do_not_change_the_result(native: Bundle) -> None:
     codes = np.arange(4 * 4, dtype=np.int32).reshape(1, 4, 4)
     artifact = native.artifact("image_decoder", "tvm")
