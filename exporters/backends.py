@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from device_profiles.schema import Profile
 from exporters.errors import ExportError
 from exporters.inheritance import StoredMatrix
 from exporters.program import Program
+from exporters.traffic import bytes_per_token
 from runtimes.bundle import Artifact
 
 #: (form, mode) of an artifact, as in a profile's "openvino/ir/exact".
@@ -100,8 +102,45 @@ class Exporter(Protocol):
         """
 
 
+def new_artifact(
+    program: Program,
+    backend: str,
+    kind: Kind,
+    files: Sequence[str],
+    precision: Mapping[str, str],
+    operators: Mapping[str, int],
+    runtime: Mapping[str, str] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Artifact:
+    """The artifact of a program: what every backend says the same way, and what it says itself.
+
+    Args:
+        files: relative to the bundle, the one that is opened first.
+        operators: operator -> how often it stands in the artifact.
+        runtime, options: see Artifact.
+    """
+    return Artifact(
+        component=program.entry,
+        backend=backend,
+        form=kind[0],
+        mode=kind[1],
+        model=files[0],
+        files=tuple(files),
+        inputs=program.inputs,
+        outputs=program.outputs,
+        states=program.states,
+        precision=precision,
+        bytes_per_token=bytes_per_token(program),
+        operators=dict(sorted(operators.items())),
+        preferred=False,
+        runtime=runtime or {},
+        options=options or {},
+    )
+
+
+@cache
 def load_exporter(name: str) -> Exporter:
-    """The exporter of a backend. Raises BackendMissing."""
+    """The one exporter of a backend. Raises BackendMissing."""
     entry = EXPORTERS.get(name)
     if entry is None:
         raise BackendMissing(
@@ -111,8 +150,6 @@ def load_exporter(name: str) -> Exporter:
     try:
         return getattr(import_module(module), kind)()
     except ModuleNotFoundError as error:
-        if error.name == module:
-            raise BackendMissing("is not built in this version", where=f"backend {name}") from error
         raise BackendMissing(
             f"package {error.name} is not installed",
             where=f"backend {name}",

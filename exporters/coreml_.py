@@ -26,13 +26,13 @@ import torch
 
 from exporters import coreml_package as package
 from exporters import ops
-from exporters.backends import Job
+from exporters.backends import Job, new_artifact
 from exporters.coreml_convert import Recipe, convert, state_shape
 from exporters.errors import ExportError
 from exporters.inheritance import StoredMatrix
 from exporters.ops import coreml as column
 from exporters.program import Program
-from exporters.traffic import bytes_per_token, stored_precision
+from exporters.traffic import stored_precision
 from runtimes.bundle import Artifact, TensorSpec
 
 if TYPE_CHECKING:
@@ -201,22 +201,9 @@ def _write(job: Job, form: str, mode: str) -> Artifact:
         "layout": "channels" if recipe.channels and program.states else "rows",
         "stateful": recipe.half and bool(program.states),
     }
-    return Artifact(
-        component=program.entry,
-        backend=CoreMlExporter.name,
-        form=form,
-        mode=mode,
-        model=relative[0],
-        files=relative,
-        inputs=program.inputs,
-        outputs=program.outputs,
-        states=program.states,
-        precision=_precision(program, recipe),
-        bytes_per_token=bytes_per_token(program),
-        operators=package.histogram(package.read(path)),
-        preferred=False,
-        options=options,
-    )
+    operators = package.histogram(package.read(path))
+    precision = _precision(program, recipe)
+    return new_artifact(program, CoreMlExporter.name, (form, mode), relative, precision, operators, options=options)
 
 
 def _write_guides(out: Path) -> tuple[str, ...]:

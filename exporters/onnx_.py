@@ -22,13 +22,13 @@ import torch
 from torch.export import ExportedProgram
 
 from exporters import onnx_observation, onnx_weights, ops
-from exporters.backends import Job
+from exporters.backends import Job, new_artifact
 from exporters.external_data import WeightFile
 from exporters.inheritance import StoredMatrix
 from exporters.passes import model_passes
 from exporters.passes.context import Context, ModelPass
 from exporters.program import Program, sources
-from exporters.traffic import bytes_per_token, stored_precision
+from exporters.traffic import stored_precision
 from runtimes.bundle import Artifact
 
 if TYPE_CHECKING:
@@ -145,21 +145,8 @@ def _origins(decomposed: ExportedProgram, final: ExportedProgram) -> dict[str, s
 
 def _artifact(program: Program, form: str, mode: str, model: ir.Model, path: Path, data: Path, out: Path) -> Artifact:
     relative = [p.relative_to(out).as_posix() for p in (path, data)]
-    return Artifact(
-        component=program.entry,
-        backend=OnnxExporter.name,
-        form=form,
-        mode=mode,
-        model=relative[0],
-        files=tuple(relative),
-        inputs=program.inputs,
-        outputs=program.outputs,
-        states=program.states,
-        precision=_precision(program, mode),
-        bytes_per_token=bytes_per_token(program),
-        operators=dict(sorted(Counter(node.op_type for node in model.graph).items())),
-        preferred=False,
-    )
+    operators = Counter(node.op_type for node in model.graph)
+    return new_artifact(program, OnnxExporter.name, (form, mode), relative, _precision(program, mode), operators)
 
 
 def _precision(program: Program, mode: str) -> dict[str, str]:

@@ -12,19 +12,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import openvino as ov
 
 from exporters import openvino_observation
-from exporters.backends import Job, Kind
+from exporters.backends import Job, Kind, new_artifact
 from exporters.inheritance import StoredMatrix
 from exporters.openvino_convert import Unreadable, convert, read
 from exporters.openvino_int8 import Quantised, quantise
 from exporters.openvino_weights import read_matrices
 from exporters.ops.openvino import CODE_TYPES
 from exporters.program import Program
-from exporters.traffic import bytes_per_token, stored_precision
+from exporters.traffic import stored_precision
 from runtimes.bundle import Artifact
 
 if TYPE_CHECKING:
@@ -38,6 +38,9 @@ class OpenVinoExporter:
     """Exporter protocol for OpenVINO."""
 
     name = "openvino"
+
+    def __init__(self) -> None:
+        self._asked: tuple[Program, tuple[str, ...]] | None = None
 
     def forms(self, program: Program) -> tuple[Kind, ...]:
         """See Exporter."""
@@ -53,11 +56,18 @@ class OpenVinoExporter:
             for name, matrix in program.inherited.items()
             if matrix.bits not in CODE_TYPES
         ]
-        try:
-            read(program)
-        except Unreadable as error:
-            reasons += [f"{program.entry}: {sentence}" for sentence in error.nodes]
-        return reasons
+        return reasons + [f"{program.entry}: {sentence}" for sentence in self._untranslated(program)]
+
+    def _untranslated(self, program: Program) -> tuple[str, ...]:
+        """The nodes that cannot be read, in words. A planner asks for each kind in turn: a program is read once."""
+        if self._asked is None or self._asked[0] is not program:
+            try:
+                read(program)
+                found: tuple[str, ...] = ()
+            except Unreadable as error:
+                found = error.nodes
+            self._asked = program, found
+        return self._asked[1]
 
     def export(self, job: Job) -> tuple[Artifact, ...]:
         """Writes openvino/<entry>.<form>.xml and .bin; the exact and the fast mode share theirs."""
@@ -88,30 +98,15 @@ class OpenVinoExporter:
 
 
 def _artifact(job: Job, kind: Kind, path: Path, quantised: Quantised | None) -> Artifact:
-    program, (form, mode) = job.program, kind
+    program = job.program
     files = tuple(file.relative_to(job.out).as_posix() for file in (path, path.with_suffix(".bin")))
     operators = Counter(node.get_type_name() for node in ov.Core().read_model(path).get_ops())
-    return Artifact(
-        component=program.entry,
-        backend=OpenVinoExporter.name,
-        form=form,
-        mode=mode,
-        model=files[0],
-        files=files,
-        inputs=program.inputs,
-        outputs=program.outputs,
-        states=program.states,
-        precision=_precision(program, kind, quantised),
-        bytes_per_token=bytes_per_token(program),
-        operators=dict(sorted(operators.items())),
-        preferred=False,
-        runtime={"openvino": RELEASE},
-        options={"device": job.profile.openvino_device or "CPU"}
-        | (
-            {}
-            if quantised is None
-            else {"float_layers": list(quantised.floating), "snr_db": round(quantised.snr_db, 2)}
-        ),
+    options: dict[str, Any] = {"device": job.profile.openvino_device or "CPU"}
+    if quantised is not None:
+        options |= {"float_layers": list(quantised.floating), "snr_db": round(quantised.snr_db, 2)}
+    precision = _precision(program, kind, quantised)
+    return new_artifact(
+        program, OpenVinoExporter.name, kind, files, precision, operators, {"openvino": RELEASE}, options
     )
 
 

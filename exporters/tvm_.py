@@ -25,12 +25,12 @@ from tvm import relax
 from tvm.relax.utils import copy_with_new_vars
 
 from exporters import cpu_layout, ops, tvm_gpu
-from exporters.backends import Job, Kind
+from exporters.backends import Job, Kind, new_artifact
 from exporters.blocks import unpack_bits
 from exporters.inheritance import StoredMatrix
 from exporters.ops.tvm import lowerings, refused_cache
 from exporters.program import Inherited, Program, specialise
-from exporters.traffic import bytes_per_token, stored_precision
+from exporters.traffic import stored_precision
 from exporters.tvm_import import Imported, import_program
 from exporters.tvm_kernels import build_program, kernel_objects
 from exporters.tvm_parameters import write_parameters
@@ -298,23 +298,6 @@ def describe(
 def _artifact(
     program: Program, kind: Kind, files: tuple[str, ...], operators: Mapping[str, int], options: Mapping[str, Any]
 ) -> Artifact:
-    return Artifact(
-        component=program.entry,
-        backend=TvmExporter.name,
-        form=kind[0],
-        mode=kind[1],
-        model=files[0],
-        files=files,
-        inputs=program.inputs,
-        outputs=program.outputs,
-        states=program.states,
-        precision={
-            "weights": stored_precision(program),
-            "activations": "int8 per block" if kind[1] == "fast" else "float32",
-        },
-        bytes_per_token=bytes_per_token(program),
-        operators=operators,
-        preferred=False,
-        runtime=RUNTIME,
-        options=options,
-    )
+    activations = "int8 per block" if kind[1] == "fast" else "float32"
+    precision = {"weights": stored_precision(program), "activations": activations}
+    return new_artifact(program, TvmExporter.name, kind, files, precision, operators, RUNTIME, options)
