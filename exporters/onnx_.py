@@ -9,8 +9,6 @@ The discretizers have the two exact forms.
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,23 +16,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
-import torch
-from torch.export import ExportedProgram
 
 from exporters import onnx_observation, onnx_weights, ops
 from exporters.backends import Job, new_artifact
 from exporters.external_data import WeightFile
 from exporters.inheritance import StoredMatrix
+from exporters.onnx_lowering import to_onnx
 from exporters.passes import model_passes
-from exporters.passes.context import Context, ModelPass
-from exporters.program import Program, sources
+from exporters.passes.context import ModelPass
+from exporters.program import Program
 from exporters.traffic import stored_precision
 from runtimes.bundle import Artifact
 
 if TYPE_CHECKING:
     from device_profiles import Profile
-
-logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns about torchvision, which nothing here uses
 
 
 @dataclass(frozen=True)
@@ -114,33 +109,7 @@ class OnnxExporter:
 def lower(program: Program, recipe: Form) -> ir.Model:
     """The program as an ONNX model whose large initializers are still to be loaded."""
     table = {op.overload: op.decomposition(recipe.target) for op in ops.REGISTRY.values()}
-    table |= ops.aten_lowerings(recipe.target)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore", FutureWarning)  # raised inside torch by its own use of pytree
-        decomposed = program.exported.run_decompositions(table)
-        exported = torch.onnx.export(
-            decomposed,
-            dynamo=True,
-            opset_version=recipe.opset,
-            optimize=False,
-            verbose=False,
-            input_names=[spec.name for spec in program.inputs] + [state.input for state in program.states],
-            output_names=[spec.name for spec in program.outputs] + [state.output for state in program.states],
-        )
-    model = exported.model
-    context = Context(program, _origins(decomposed, exported.exported_program))
-    for edit in recipe.passes:
-        edit(model, context)
-    return model
-
-
-def _origins(decomposed: ExportedProgram, final: ExportedProgram) -> dict[str, str]:
-    """Name of a node in the graph that became ONNX -> name of the Program's node that it came from.
-
-    Two tracings lie between them: our decompositions, and those of torch.onnx.
-    """
-    first, second = sources(decomposed), sources(final)
-    return {name: first.get(source, source) for name, source in second.items() if source in first}
+    return to_onnx(program, table | ops.aten_lowerings(recipe.target), recipe.opset, recipe.passes)
 
 
 def _artifact(program: Program, form: str, mode: str, model: ir.Model, path: Path, data: Path, out: Path) -> Artifact:
