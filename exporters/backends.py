@@ -32,6 +32,7 @@ EXPORTERS: Mapping[str, tuple[str, str, str]] = {
     "openvino": ("exporters.openvino_", "OpenVinoExporter", "openvino"),
     "tvm": ("exporters.tvm_", "TvmExporter", "tvm"),
     "coreml": ("exporters.coreml_", "CoreMlExporter", "coreml"),
+    "tensorrt": ("exporters.tensorrt_", "TensorRtExporter", "tensorrt"),
 }
 
 

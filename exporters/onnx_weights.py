@@ -47,16 +47,16 @@ def _table(node: ir.Node) -> str:
 def _from_lookup(node: ir.Node, layout: Inherited) -> StoredMatrix:
     """A table of codes whose rows are gathered, with the scales and zero points of the same name."""
     initializers = node.graph.initializers
-    packed = _values(node.inputs[0])
+    packed = values(node.inputs[0])
     rows, blocks = packed.shape[:2]
     prefix = _table(node)
     zeros = initializers.get(f"{prefix}.zeros")
     codes = unpack_bits(packed.reshape(rows, -1), layout.bits, blocks * layout.block)
-    points = None if zeros is None else unpack_bits(_values(zeros), layout.bits, blocks)
-    return StoredMatrix(codes, _values(initializers[f"{prefix}.scales"]), points, layout.bits, layout.block)
+    points = None if zeros is None else unpack_bits(values(zeros), layout.bits, blocks)
+    return StoredMatrix(codes, values(initializers[f"{prefix}.scales"]), points, layout.bits, layout.block)
 
 
-def _values(value: ir.Value) -> np.ndarray:
+def values(value: ir.Value) -> np.ndarray:
     """A copy: each external tensor maps the file and holds it open, which hundreds of matrices must not."""
     tensor = value.const_value
     values = np.array(tensor.numpy())
@@ -68,18 +68,18 @@ def _values(value: ir.Value) -> np.ndarray:
 def _from_matmul(node: ir.Node) -> StoredMatrix:
     bits, block = node.attributes["bits"].as_int(), node.attributes["block_size"].as_int()
     _, codes, scales, zeros = node.inputs[:4] if len(node.inputs) > 3 else (*node.inputs[:3], None)
-    packed = _values(codes)
+    packed = values(codes)
     rows, blocks = packed.shape[:2]
     unpacked = unpack_bits(packed.reshape(rows, -1), bits, blocks * block)
-    points = None if zeros is None else unpack_bits(_values(zeros).reshape(rows, -1), bits, blocks)
-    return StoredMatrix(unpacked, _values(scales).reshape(rows, blocks), points, bits, block)
+    points = None if zeros is None else unpack_bits(values(zeros).reshape(rows, -1), bits, blocks)
+    return StoredMatrix(unpacked, values(scales).reshape(rows, blocks), points, bits, block)
 
 
 def _from_dequantize(node: ir.Node) -> StoredMatrix:
     codes, scales, zeros = node.inputs
     bits = codes.dtype.bitwidth
-    unpacked, points = (_values(value).astype(np.uint8) for value in (codes, zeros))
-    return StoredMatrix(unpacked, _values(scales), points, bits, node.attributes["block_size"].as_int())
+    unpacked, points = (values(value).astype(np.uint8) for value in (codes, zeros))
+    return StoredMatrix(unpacked, values(scales), points, bits, node.attributes["block_size"].as_int())
 
 
 def _joined(planes: StoredMatrix) -> StoredMatrix:

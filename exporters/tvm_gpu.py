@@ -20,7 +20,7 @@ from tvm import relax
 
 from exporters import ops
 from exporters.errors import ExportError
-from exporters.ops.kv_attention import _split, query_positions, rotate, visible
+from exporters.ops.kv_attention import query_positions, rotate, split_packed, visible
 from exporters.tvm_compile import KERNELS, Request, compile_apart
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def _kv_attention(
     cos: Tensor | None, sin: Tensor | None, heads: int, kv_heads: int, scale: float, window: int, softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The reference without scatter, which TVM does not import: each slot takes its new row or keeps the old one."""
-    query, key, value = _split(query, key, value, heads, kv_heads)
+    query, key, value = split_packed(query, key, value, heads, kv_heads)
     batch, steps = query.shape[:2]
     capacity, width = past_key.shape[2:]
     positions = query_positions(last, steps)

@@ -63,7 +63,7 @@ class OnnxRuntimeSession(CheckedSession):
             "session.qdq_matmulnbits_accuracy_level", "4" if artifact.mode == "fast" else "1"
         )
         where = f"{artifact.component} ({artifact.label})"
-        with _translated(where, loading=True), _attention_kernel(artifact):
+        with translated(where, loading=True), _attention_kernel(artifact):
             session = onnxruntime.InferenceSession(str(bundle.file(artifact.model)), options, providers=_PROVIDERS)
         return cls(session, artifact, limits_of(bundle, artifact), timing=timing)
 
@@ -119,7 +119,7 @@ class OnnxRuntimeSession(CheckedSession):
 
     def _stateless(self, feeds: dict[str, Array]) -> dict[str, Array]:
         start = time.perf_counter() if self.timing else 0.0
-        with _translated(self._where, loading=False):
+        with translated(self._where, loading=False):
             results = self._session.run(self._outputs, feeds)
         if self.timing:
             self.last_run_seconds = time.perf_counter() - start
@@ -155,7 +155,7 @@ def _attention_kernel(artifact: Artifact) -> Iterator[None]:
 
 
 @contextmanager
-def _translated(where: str, *, loading: bool) -> Iterator[None]:
+def translated(where: str, *, loading: bool) -> Iterator[None]:
     try:
         yield
     except Exception as error:

@@ -292,6 +292,7 @@ BACKENDS: dict[str, tuple[str, str]] = {
     "openvino": ("runtimes.openvino_", "OpenVinoSession"),
     "tvm": ("runtimes.tvm_", "TvmSession"),
     "coreml": ("runtimes.coreml_", "CoreMlSession"),
+    "tensorrt": ("runtimes.tensorrt_", "TensorRtSession"),
     "torch": ("runtimes.torch_", "TorchSession"),
 }
 

@@ -15,10 +15,10 @@ from exporters.ops._registry import fused_op
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE in the half-split form (Su et al., 2021): x [B, S, H, D], cos and sin [B, S, D/2]."""
+    """RoPE in the half-split form (Su et al., 2021): x [B, S, H, D], cos and sin [B, S, D/2]; of x's dtype."""
     first, second = x.chunk(2, -1)
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
 
 
 @fused_op({})
@@ -34,14 +34,16 @@ def query_positions(last: Tensor, steps: int) -> Tensor:
     return last.unsqueeze(-1) - (steps - 1) + torch.arange(steps, dtype=torch.int32, device=last.device)
 
 
-def _split(query, key, value, heads, kv_heads):
+def split_packed(query, key, value, heads, kv_heads):
+    """(query, key, value), which may arrive as one packed tensor."""
     if key is not None:
         return query, key, value
     width = query.shape[-1] // (heads + 2 * kv_heads)
     return query.split([heads * width, kv_heads * width, kv_heads * width], -1)
 
 
-def _rotary_embedding(query, key, cos, sin, positions, heads, kv_heads):
+def rotary_embedding(query, key, cos, sin, positions, heads, kv_heads):
+    """RotaryEmbedding-23 of both."""
     at = positions.long()
     return tuple(
         onnx_ops.symbolic(
@@ -60,8 +62,8 @@ def _lower_group_query_attention(
 ):
     batch, steps = query.shape[:2]
     if cos is not None and past_key.shape[3] % _ROTATED_WIDTH:
-        query, key, value = _split(query, key, value, heads, kv_heads)
-        query, key = _rotary_embedding(query, key, cos, sin, query_positions(last, steps), heads, kv_heads)
+        query, key, value = split_packed(query, key, value, heads, kv_heads)
+        query, key = rotary_embedding(query, key, cos, sin, query_positions(last, steps), heads, kv_heads)
         cos = sin = None
     attributes = dict(num_heads=heads, kv_num_heads=kv_heads, scale=scale, do_rotary=int(cos is not None))
     if window > 0:
@@ -82,12 +84,12 @@ def _lower_group_query_attention(
 
 def _lower_standard(query, key, value, past_key, past_value, last, cos, sin, heads, kv_heads, scale, window, softcap):
     """RotaryEmbedding-23, TensorScatter-24 for the cache write and Attention-24 with a boolean mask."""
-    query, key, value = _split(query, key, value, heads, kv_heads)
+    query, key, value = split_packed(query, key, value, heads, kv_heads)
     batch, steps = query.shape[:2]
     capacity, width = past_key.shape[2:]
     positions = query_positions(last, steps)
     if cos is not None:
-        query, key = _rotary_embedding(query, key, cos, sin, positions, heads, kv_heads)
+        query, key = rotary_embedding(query, key, cos, sin, positions, heads, kv_heads)
     start = (last - (steps - 1)).long()
     caches = []
     for cache, new in ((past_key, key), (past_value, value)):
@@ -167,7 +169,7 @@ def kv_attention(
     Returns:
         (output [B, S, heads*D], present key, present value), the last two shaped like the past.
     """
-    query, key, value = _split(query, key, value, heads, kv_heads)
+    query, key, value = split_packed(query, key, value, heads, kv_heads)
     batch, steps = query.shape[:2]
     capacity, width = past_key.shape[2:]
     positions = query_positions(last, steps)

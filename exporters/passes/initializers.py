@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
 import onnx_ir as ir
 
 
@@ -12,3 +16,23 @@ def add_initializer(model: ir.Model, tensor: ir.TensorProtocol) -> ir.Value:
     )
     model.graph.register_initializer(value)
     return value
+
+
+def lazy_initializer(
+    model: ir.Model, name: str, dtype: ir.DataType, shape: tuple[int, ...], load: Callable[[], np.ndarray]
+) -> ir.Value:
+    """The initializer ``name``, made when it is first asked for; ``load`` runs when the model is written.
+
+    Values of a 4-bit type come as one element a byte and are packed here.
+    """
+    if name in model.graph.initializers:
+        return model.graph.initializers[name]
+    tensor = ir.LazyTensor(partial(_loaded, load, dtype, name), dtype=dtype, shape=ir.Shape(shape), name=name)
+    return add_initializer(model, tensor)
+
+
+def _loaded(load: Callable[[], np.ndarray], dtype: ir.DataType, name: str) -> ir.TensorProtocol:
+    values = np.ascontiguousarray(load())
+    if dtype.bitwidth < 8:
+        return ir.Tensor(values.astype(dtype.numpy()), dtype=dtype, name=name)
+    return ir.Tensor(values, name=name)

@@ -7,9 +7,12 @@ from exporters.passes.mark_origins import mark_origins
 from exporters.passes.set_accuracy_level import set_fast_accuracy
 from exporters.passes.settle_reshapes import settle_reshapes
 from exporters.passes.simplify_model import simplify_model
+from exporters.passes.spell_lookups import spell_lookups
+from exporters.passes.spell_products import spell_products
 from exporters.passes.split_bytes import split_bytes
 from exporters.passes.transpose_weights import transpose_weights
 from exporters.passes.type_codes import type_codes
+from exporters.tensorrt_functions import add_functions
 
 _ALL = (
     mark_origins,  # node metadata -> the Program's own names, and nothing of the build machine
@@ -26,5 +29,13 @@ FUSED = (
 )
 #: For ONNX Runtime, int8 activations in the quantised products.
 FUSED_FAST = (*_ALL, transpose_weights, set_fast_accuracy)
+#: For TensorRT's parser: explicit types, and functions in the place of what ONNX has no operator for.
+TENSORRT = (
+    *_ALL,
+    spell_products,  # quantised products -> DequantizeLinear of signed codes, and a correction for zero points
+    spell_lookups,  # rows of a table of codes -> integer operators
+    transpose_weights,
+    add_functions,  # bodies in standard operators for TensorRT's own layers and for our kernels
+)
 #: Standard operators only.
 STANDARD = (*_ALL, type_codes, transpose_weights)  # packed bytes -> UINT4/UINT8 initializers of DequantizeLinear

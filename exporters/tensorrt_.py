@@ -1,0 +1,149 @@
+"""The TensorRT backend: strongly typed ONNX that a device builds its engine from, proven before it gets there.
+
+Forms:
+    typed/fp16    float16 activations, weights as INT4/INT8 with DequantizeLinear, TensorRT's own layers
+    typed/exact   the same in float32, for what float16 breaks
+    fused/fp16    our kernels (kernels/cuda) as plugins for quantised products, head, attention, norms and lookups
+    int8/fp16     decoders whose convolutions the build quantises to INT8 with the student's own signals
+No build machine can make another device's engine, so an artifact is the ONNX file; for TensorRT-RTX, whose compiler
+needs no GPU, the engine is one as well (exporters/tensorrt_rtx.py).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+from torch.utils._pytree import tree_leaves
+
+from exporters import onnx_observation
+from exporters.backends import Job, Kind, new_artifact
+from exporters.external_data import WeightFile
+from exporters.half import to_half
+from exporters.inheritance import StoredMatrix
+from exporters.onnx_lowering import to_onnx
+from exporters.ops.tensorrt import lowerings
+from exporters.passes import model_passes
+from exporters.program import Program
+from exporters.tensorrt_functions import plugins
+from exporters.tensorrt_generations import Generation, generation_of
+from exporters.tensorrt_weights import read_matrices
+from exporters.traffic import stored_precision
+from runtimes.bundle import Artifact
+
+if TYPE_CHECKING:
+    from device_profiles import Profile
+
+TYPED, FUSED, INT8 = "typed", "fused", "int8"
+#: Tokens of a prefill for which TensorRT chooses its kernels, and the most that one run takes: longer ones are cut.
+USUAL_PREFILL, LONGEST_PREFILL = 64, 512
+#: Pictures in one run at most, and times the usual length of a signal.
+MOST_BATCH, LENGTHS = 8, 16
+
+
+class TensorRtExporter:
+    """Exporter protocol for TensorRT and TensorRT-RTX."""
+
+    name = "tensorrt"
+
+    def forms(self, program: Program) -> tuple[Kind, ...]:
+        """See Exporter."""
+        return ((TYPED, "fp16"), (TYPED, "exact"))
+
+    def unsupported(self, program: Program, profile: Profile, kind: Kind) -> list[str]:
+        """See Exporter."""
+        generation_of(profile)
+        reasons = []
+        for name, matrix in program.inherited.items():
+            if matrix.bits not in (4, 8):
+                reasons.append(f"{program.entry}: {name} has {matrix.bits} bits, TensorRT has INT4 and INT8")
+        return reasons
+
+    def export(self, job: Job) -> tuple[Artifact, ...]:
+        """Writes tensorrt/<entry>.<form>.<mode>.onnx for each kind, and one weight file for all of them."""
+        folder = job.out / self.name
+        folder.mkdir(parents=True, exist_ok=True)
+        generation = generation_of(job.profile)
+        written = []
+        with WeightFile(folder / f"{job.program.entry}.data", job.progress) as weights:
+            for kind in job.kinds:
+                program, model = lower(job.program, kind, generation)
+                weights.adopt(model)
+                path = folder / f"{program.entry}.{'.'.join(kind)}.onnx"
+                ir.save(model, path)
+                files = [file.relative_to(job.out).as_posix() for file in (path, weights.path)]
+                operators = Counter(node.op_type for node in model.graph)
+                options = _options(program, job.profile, generation, list(plugins(model)))
+                precision = _precision(job.program, kind)
+                written.append(new_artifact(program, self.name, kind, files, precision, operators, options=options))
+        return tuple(written)
+
+    def read_matrices(self, folder: Path, artifact: Artifact, program: Program) -> Mapping[str, StoredMatrix]:
+        """See Exporter."""
+        return read_matrices(folder / artifact.model, program.inherited)
+
+    def observe(
+        self, folder: Path, artifact: Artifact, program: Program, nodes: Sequence[str], out: Path
+    ) -> tuple[Artifact, Mapping[str, str]]:
+        """See Exporter."""
+        return onnx_observation.observe(folder, artifact, nodes, out)
+
+
+def lower(program: Program, kind: Kind, generation: Generation) -> tuple[Program, ir.Model]:
+    """The program in the kind's dtype, and its ONNX model whose large initializers are still to be loaded."""
+    typed = program if kind[1] == "exact" else to_half(program)
+    table = lowerings(generation.target, generation.group_norm)
+    model = to_onnx(typed, table, generation.opset, model_passes.TENSORRT)
+    model.ir_version = generation.ir_version
+    return typed, model
+
+
+def _options(program: Program, profile: Profile, generation: Generation, needed: list[str]) -> dict[str, Any]:
+    states = "delta" if generation.target == "decomposed" else "aliased"
+    return {
+        "generation": generation.name,
+        "sm": profile.sm,
+        "plugins": needed,
+        "ranges": _ranges(program),
+        **({"states": states} if program.states else {}),
+    }
+
+
+def _ranges(program: Program) -> dict[str, dict[str, list[list[int]]]]:
+    """Shape ranges by name: input -> its smallest, usual and largest shape."""
+    if program.states:
+        capacity = program.states[0].shape[2]
+        longest = min(LONGEST_PREFILL, capacity)
+        kinds = {"decode": (1, 1, 1), "prefill": (1, min(USUAL_PREFILL, longest), longest)}
+        return {name: {"ids": [[1, size] for size in sizes]} for name, sizes in kinds.items()}
+    return {"any": {spec.name: _range(program, index) for index, spec in enumerate(program.inputs)}}
+
+
+def _range(program: Program, index: int) -> list[list[int]]:
+    """Smallest, usual and largest shape of an input: around what was traced, within what tracing allows."""
+    placeholder = [node for node in program.exported.graph.nodes if node.name in _user_inputs(program)][index]
+    shapes: list[list[int]] = [[], [], []]
+    for axis, size in enumerate(program.inputs[index].shape):
+        traced = tree_leaves(program.exported.example_inputs)[index].shape[axis]
+        smallest = largest = usual = int(traced)
+        if isinstance(size, str):
+            allowed = program.exported.range_constraints[placeholder.meta["val"].shape[axis].node.expr]
+            # A batch is usually one picture; a length is usually what was traced.
+            batch = axis == 0
+            usual = 1 if batch else usual
+            smallest = 1 if batch else int(allowed.lower)
+            largest = int(min(allowed.upper, MOST_BATCH if batch else LENGTHS * usual))
+        for found, value in zip(shapes, (smallest, usual, largest), strict=True):
+            found.append(value)
+    return shapes
+
+
+def _user_inputs(program: Program) -> tuple[str, ...]:
+    return tuple(program.exported.graph_signature.user_inputs)
+
+
+def _precision(program: Program, kind: Kind) -> dict[str, str]:
+    return {"weights": stored_precision(program), "activations": "float32" if kind[1] == "exact" else "float16"}

@@ -1,0 +1,91 @@
+"""Reads quantised matrices back out of a written TensorRT artifact, from the nodes that compute with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from exporters.blocks import unpack_bits
+from exporters.inheritance import StoredMatrix
+from exporters.onnx_weights import values
+from exporters.ops.tensorrt import EDGE
+from exporters.passes.spell_products import CODES, OFFSETS
+from exporters.passes.words import SUFFIX
+from exporters.program import Inherited
+
+#: Where codes, scales and zero points stand among the inputs of our kernels' nodes.
+_INPUTS: Mapping[str, tuple[int, int, int]] = {
+    "EdgeLinear": (1, 2, 3),
+    "EdgeLinearResidual": (1, 2, 3),
+    "EdgeNormLinear": (2, 3, 4),
+    "EdgeNormLinearSwiglu": (2, 3, 4),
+    "EdgeHead": (2, 3, 4),
+}
+
+
+def read_matrices(path: Path, inherited: Mapping[str, Inherited]) -> Mapping[str, StoredMatrix]:
+    """Name of the matrix in the Program -> its values in the file and its external data.
+
+    A tied table stands in the file twice where it is looked up in one layout and multiplied with in another; copies
+    that differ come back with NaN scales, which equal nothing.
+    """
+    found: dict[str, StoredMatrix] = {}
+    for prefix, stored in _stored(ir.load(path), inherited):
+        other = found.get(prefix)
+        found[prefix] = stored if other is None or _equal(stored, other) else _broken(stored)
+    return found
+
+
+def _stored(model: ir.Model, inherited: Mapping[str, Inherited]) -> Iterator[tuple[str, StoredMatrix]]:
+    initializers = model.graph.initializers
+    for node in model.graph:
+        name = node.inputs[0].name or "" if node.inputs and node.inputs[0] is not None else ""
+        if node.op_type == "DequantizeLinear" and name.endswith(CODES):
+            prefix = name.removesuffix(CODES)
+            yield prefix, _from_signed(node, initializers.get(prefix + OFFSETS), inherited[prefix])
+        elif node.op_type == "Gather" and name.endswith(f".codes{SUFFIX}"):
+            prefix = name.removesuffix(f".codes{SUFFIX}")
+            scales, zeros = initializers[f"{prefix}.scales"], initializers.get(f"{prefix}.zeros{SUFFIX}")
+            yield prefix, _from_words(node.inputs[0], scales, zeros, inherited[prefix])
+        elif node.domain == EDGE and node.op_type in _INPUTS:
+            codes, scales, zeros = (node.inputs[index] for index in _INPUTS[node.op_type])
+            prefix = (codes.name or "").removesuffix(f".codes{SUFFIX}")
+            yield prefix, _from_words(codes, scales, zeros, inherited[prefix])
+
+
+def _from_signed(node: ir.Node, offsets: ir.Value | None, layout: Inherited) -> StoredMatrix:
+    middle = 2 ** (layout.bits - 1)
+    codes = (values(node.inputs[0]).astype(np.int16) + middle).astype(np.uint8).T
+    scales = np.atleast_2d(values(node.inputs[1]).astype(np.float32)).T
+    points = None if offsets is None else (middle - values(offsets).astype(np.float32)).astype(np.uint8).T
+    block = node.attributes["block_size"].as_int() if "block_size" in node.attributes else layout.columns
+    return StoredMatrix(codes, scales, points, layout.bits, block)
+
+
+def _from_words(codes: ir.Value, scales: ir.Value, zeros: ir.Value | None, layout: Inherited) -> StoredMatrix:
+    table = values(scales).astype(np.float32)
+    blocks = table.shape[1]
+    points = None if zeros is None else unpack_bits(_bytes(zeros), layout.bits, blocks)
+    return StoredMatrix(
+        unpack_bits(_bytes(codes), layout.bits, blocks * layout.block), table, points, layout.bits, layout.block
+    )
+
+
+def _bytes(words: ir.Value) -> np.ndarray:
+    table = np.ascontiguousarray(values(words), "<i4")
+    return table.view(np.uint8).reshape(table.shape[0], -1)
+
+
+def _equal(one: StoredMatrix, other: StoredMatrix) -> bool:
+    """Whether two copies hold the same matrix, however each is cut into blocks."""
+    columns = min(one.codes.shape[1], other.codes.shape[1])
+    scales = (np.repeat(copy.scales, copy.block, 1)[:, :columns] for copy in (one, other))
+    return np.array_equal(one.codes[:, :columns], other.codes[:, :columns]) and np.array_equal(*scales)
+
+
+def _broken(stored: StoredMatrix) -> StoredMatrix:
+    nothing = np.full_like(stored.scales, np.nan)
+    return StoredMatrix(stored.codes, nothing, stored.zero_points, stored.bits, stored.block)
