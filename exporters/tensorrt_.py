@@ -11,15 +11,17 @@ needs no GPU, the engine is one as well (exporters/tensorrt_rtx.py).
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 from torch.utils._pytree import tree_leaves
 
-from exporters import onnx_observation
+from exporters import onnx_observation, tensorrt_rtx
 from exporters.backends import Job, Kind, new_artifact
 from exporters.external_data import WeightFile
 from exporters.half import to_half
@@ -29,7 +31,8 @@ from exporters.ops.tensorrt import lowerings
 from exporters.passes import model_passes
 from exporters.program import Program
 from exporters.tensorrt_functions import plugins
-from exporters.tensorrt_generations import Generation, generation_of
+from exporters.tensorrt_generations import RTX_GENERATION, Generation, generation_of
+from exporters.tensorrt_layers import patterns
 from exporters.tensorrt_weights import read_matrices
 from exporters.traffic import stored_precision
 from runtimes.bundle import Artifact
@@ -55,15 +58,20 @@ class TensorRtExporter:
 
     def unsupported(self, program: Program, profile: Profile, kind: Kind) -> list[str]:
         """See Exporter."""
-        generation_of(profile)
+        generation = generation_of(profile)
         reasons = []
+        if profile.sm not in tensorrt_rtx.CAPABILITIES:
+            reasons.append(f"{program.entry}: {profile.sm} is no architecture that TensorRT files are made for here")
+        if generation.name == RTX_GENERATION and not tensorrt_rtx.installed():
+            reasons.append(f"{program.entry}: engines of TensorRT-RTX need the package {tensorrt_rtx.PACKAGE}")
         for name, matrix in program.inherited.items():
             if matrix.bits not in (4, 8):
                 reasons.append(f"{program.entry}: {name} has {matrix.bits} bits, TensorRT has INT4 and INT8")
         return reasons
 
     def export(self, job: Job) -> tuple[Artifact, ...]:
-        """Writes tensorrt/<entry>.<form>.<mode>.onnx for each kind, and one weight file for all of them."""
+        """Writes tensorrt/<entry>.<form>.<mode>.onnx for each kind, and one weight file for all of them; every file is
+        parsed, and its engine built, where the compiler is installed."""
         folder = job.out / self.name
         folder.mkdir(parents=True, exist_ok=True)
         generation = generation_of(job.profile)
@@ -74,11 +82,12 @@ class TensorRtExporter:
                 weights.adopt(model)
                 path = folder / f"{program.entry}.{'.'.join(kind)}.onnx"
                 ir.save(model, path)
-                files = [file.relative_to(job.out).as_posix() for file in (path, weights.path)]
-                operators = Counter(node.op_type for node in model.graph)
                 options = _options(program, job.profile, generation, list(plugins(model)))
+                files = [path, weights.path, *_compile(path, model, job.profile, generation, options)]
+                relative = [file.relative_to(job.out).as_posix() for file in files]
+                operators = Counter(node.op_type for node in model.graph)
                 precision = _precision(job.program, kind)
-                written.append(new_artifact(program, self.name, kind, files, precision, operators, options=options))
+                written.append(new_artifact(program, self.name, kind, relative, precision, operators, options=options))
         return tuple(written)
 
     def read_matrices(self, folder: Path, artifact: Artifact, program: Program) -> Mapping[str, StoredMatrix]:
@@ -99,6 +108,36 @@ def lower(program: Program, kind: Kind, generation: Generation) -> tuple[Program
     model = to_onnx(typed, table, generation.opset, model_passes.TENSORRT)
     model.ir_version = generation.ir_version
     return typed, model
+
+
+def _compile(
+    path: Path, model: ir.Model, profile: Profile, generation: Generation, options: dict[str, Any]
+) -> list[Path]:
+    """Has the file parsed and compiled; adds what came of it to ``options``, and returns the files that it made.
+
+    A file whose nodes are our kernels is only parsed, through their bodies: TensorRT-RTX takes no plugins.
+    """
+    if not tensorrt_rtx.installed():
+        options["compiled"] = {"status": "pending-device", "why": f"{tensorrt_rtx.PACKAGE} is not installed here"}
+        return []
+    built = tensorrt_rtx.compile_file(path, profile.sm or "", options["ranges"], engine=not options["plugins"])
+    options["compiled"] = {
+        "status": "built" if generation.name == RTX_GENERATION and built.own else "proxy",
+        "compiler": built.compiler,
+        "capability": built.capability,
+        "layers": len(built.layers),
+        "patterns": patterns(model, built.layers),
+    }
+    if not built.engine:
+        return []
+    layers = path.with_suffix(".layers.json")
+    layers.write_text(json.dumps([asdict(layer) for layer in built.layers], indent=1) + "\n", "utf-8")
+    if options["compiled"]["status"] == "proxy":
+        return [layers]
+    engine = path.with_suffix(".engine")
+    engine.write_bytes(built.engine)
+    options["engine"] = f"{path.parent.name}/{engine.name}"
+    return [layers, engine]
 
 
 def _options(program: Program, profile: Profile, generation: Generation, needed: list[str]) -> dict[str, Any]:

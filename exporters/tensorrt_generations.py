@@ -11,7 +11,7 @@ from exporters.errors import ExportError
 if TYPE_CHECKING:
     from device_profiles import Profile
 
-RTX = "TensorRT-RTX"
+RTX, RTX_GENERATION = "TensorRT-RTX", "rtx"
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Generation:
 # Newest first. TRT_KVCacheUpdate and TRT_Attention are nodes of TensorRT 11's parser and of RTX 1.7's; GroupNorm of
 # opset 21 came with 10.9 and INT4 with 10.0 (NVIDIA/TensorRT, CHANGELOG.md). What RTX takes was tried with 1.7.1.116.
 GENERATIONS = (
-    Generation("rtx", None, "native", 24, 11, group_norm=True, int8_blocks=True, plugins=False),
+    Generation(RTX_GENERATION, None, "native", 24, 11, group_norm=True, int8_blocks=True, plugins=False),
     Generation("11", (11, 0), "native", 24, 11, group_norm=True, int8_blocks=True, plugins=True),
     Generation("10.9", (10, 9), "decomposed", 21, 10, group_norm=True, int8_blocks=False, plugins=True),
     Generation("10.3", (10, 3), "decomposed", 21, 10, group_norm=False, int8_blocks=False, plugins=True),

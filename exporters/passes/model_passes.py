@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from exporters.passes.attach_weights import attach_weights
+from exporters.passes.drop_unused import drop_unused
 from exporters.passes.mark_origins import mark_origins
+from exporters.passes.name_nodes import name_nodes
 from exporters.passes.set_accuracy_level import set_fast_accuracy
 from exporters.passes.settle_reshapes import settle_reshapes
 from exporters.passes.simplify_model import simplify_model
@@ -34,8 +36,10 @@ TENSORRT = (
     *_ALL,
     spell_products,  # quantised products -> DequantizeLinear of signed codes, and a correction for zero points
     spell_lookups,  # rows of a table of codes -> integer operators
+    drop_unused,  # the codes as they were packed
     transpose_weights,
+    name_nodes,  # by the checkpoint's modules, for the compiler's list of layers
     add_functions,  # bodies in standard operators for TensorRT's own layers and for our kernels
 )
 #: Standard operators only.
-STANDARD = (*_ALL, type_codes, transpose_weights)  # packed bytes -> UINT4/UINT8 initializers of DequantizeLinear
+STANDARD = (*_ALL, type_codes, drop_unused, transpose_weights)  # packed bytes -> UINT4/UINT8 of DequantizeLinear

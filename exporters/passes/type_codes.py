@@ -40,9 +40,6 @@ def type_codes(model: ir.Model, context: Context) -> None:
         typed = _initializer(model, f"{scales.name.removesuffix('scales')}zeros.typed", load, bits, (rows, blocks))
         node.resize_inputs(3)
         node.replace_input_with(2, typed)
-    for name, value in list(model.graph.initializers.items()):
-        if not value.uses() and not value.is_graph_output():
-            del model.graph.initializers[name]
 
 
 def _initializer(model: ir.Model, name: str, load, bits: int, shape: tuple[int, int]) -> ir.Value:
