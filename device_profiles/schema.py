@@ -19,7 +19,7 @@ FORMS: Mapping[str, tuple[str, ...]] = {
     "openvino": ("ir", "int8"),
     "tvm": ("compiled",),
     "coreml": ("mlprogram", "palettised"),
-    "tensorrt": ("typed",),
+    "tensorrt": ("fused", "typed", "int8"),
 }
 MODES = ("exact", "fast", "fp16")
 COMPUTE_UNITS = ("CPU_ONLY", "CPU_AND_GPU", "CPU_AND_NE", "ALL")

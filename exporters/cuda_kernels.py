@@ -118,12 +118,15 @@ def _entries(report: str) -> Iterator[tuple[str, dict[str, int]]]:
         stack, stores, loads = map(int, re.findall(r"(\d+) bytes (?:stack|spill)", text))
         used = re.search(r"Used (\d+) registers", text)
         shared = re.search(r"(\d+) bytes smem", text)
-        yield name, {
-            "registers": int(used[1]) if used else 0,
-            "spills": stores + loads,
-            "stack": stack,
-            "shared": int(shared[1]) if shared else 0,
-        }
+        yield (
+            name,
+            {
+                "registers": int(used[1]) if used else 0,
+                "spills": stores + loads,
+                "stack": stack,
+                "shared": int(shared[1]) if shared else 0,
+            },
+        )
 
 
 # --- NVRTC ----------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 from torch.utils._pytree import tree_leaves
 
-from exporters import onnx_observation, tensorrt_rtx
+from exporters import onnx_observation, ops, passes, tensorrt_rtx
 from exporters.backends import Job, Kind, new_artifact
 from exporters.external_data import WeightFile
 from exporters.half import to_half
@@ -29,6 +29,7 @@ from exporters.inheritance import StoredMatrix
 from exporters.onnx_lowering import to_onnx
 from exporters.ops.tensorrt import lowerings
 from exporters.passes import model_passes
+from exporters.passes.attach_head import CANDIDATES, IDS, ROWS, VALUES
 from exporters.program import Program
 from exporters.tensorrt_functions import plugins
 from exporters.tensorrt_generations import RTX_GENERATION, Generation, generation_of
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     from device_profiles import Profile
 
 TYPED, FUSED, INT8 = "typed", "fused", "int8"
+#: Components that our kernels are for.
+KERNEL_ENTRIES = ("lm", "image_decoder", "audio_decoder")
 #: Tokens of a prefill for which TensorRT chooses its kernels, and the most that one run takes: longer ones are cut.
 USUAL_PREFILL, LONGEST_PREFILL = 64, 512
 #: Pictures in one run at most, and times the usual length of a signal.
@@ -54,7 +57,8 @@ class TensorRtExporter:
 
     def forms(self, program: Program) -> tuple[Kind, ...]:
         """See Exporter."""
-        return ((TYPED, "fp16"), (TYPED, "exact"))
+        with_kernels = ((FUSED, "fp16"),) if program.entry in KERNEL_ENTRIES else ()
+        return (*with_kernels, (TYPED, "fp16"), (TYPED, "exact"))
 
     def unsupported(self, program: Program, profile: Profile, kind: Kind) -> list[str]:
         """See Exporter."""
@@ -64,6 +68,8 @@ class TensorRtExporter:
             reasons.append(f"{program.entry}: {profile.sm} is no architecture that TensorRT files are made for here")
         if generation.name == RTX_GENERATION and not tensorrt_rtx.installed():
             reasons.append(f"{program.entry}: engines of TensorRT-RTX need the package {tensorrt_rtx.PACKAGE}")
+        if kind[0] == FUSED and not generation.plugins:
+            reasons.append(f"{program.entry}: {profile.tensorrt_version} takes no plugins, which our kernels come as")
         for name, matrix in program.inherited.items():
             if matrix.bits not in (4, 8):
                 reasons.append(f"{program.entry}: {name} has {matrix.bits} bits, TensorRT has INT4 and INT8")
@@ -103,11 +109,23 @@ class TensorRtExporter:
 
 def lower(program: Program, kind: Kind, generation: Generation) -> tuple[Program, ir.Model]:
     """The program in the kind's dtype, and its ONNX model whose large initializers are still to be loaded."""
-    typed = program if kind[1] == "exact" else to_half(program)
-    table = lowerings(generation.target, generation.group_norm)
-    model = to_onnx(typed, table, generation.opset, model_passes.TENSORRT)
+    form, mode = kind
+    tables = _rope_tables(program) if form == FUSED else ()  # our attention rotates in float32
+    typed = program if mode == "exact" else to_half(program, lambda name: name in tables)
+    if form == FUSED:
+        typed = passes.apply(typed, passes.KERNELS)
+    table = lowerings(FUSED if form == FUSED else generation.target, generation.group_norm)
+    edits = model_passes.TENSORRT_FUSED if form == FUSED else model_passes.TENSORRT
+    model = to_onnx(typed, table, generation.opset, edits)
     model.ir_version = generation.ir_version
     return typed, model
+
+
+def _rope_tables(program: Program) -> set[str]:
+    """Names of the constants that attention rotates by."""
+    names = program.exported.graph_signature.inputs_to_buffers
+    calls = (node for node in program.exported.graph.nodes if node.target is ops.kv_attention.overload)
+    return {names[table.name] for call in calls for table in call.args[6:8] if table is not None}
 
 
 def _compile(
@@ -121,6 +139,9 @@ def _compile(
         options["compiled"] = {"status": "pending-device", "why": f"{tensorrt_rtx.PACKAGE} is not installed here"}
         return []
     built = tensorrt_rtx.compile_file(path, profile.sm or "", options["ranges"], engine=not options["plugins"])
+    if not built.engine:
+        options["compiled"] = {"status": "proxy", "compiler": built.compiler, "why": "parsed through its functions"}
+        return []
     options["compiled"] = {
         "status": "built" if generation.name == RTX_GENERATION and built.own else "proxy",
         "compiler": built.compiler,
@@ -128,8 +149,6 @@ def _compile(
         "layers": len(built.layers),
         "patterns": patterns(model, built.layers),
     }
-    if not built.engine:
-        return []
     layers = path.with_suffix(".layers.json")
     layers.write_text(json.dumps([asdict(layer) for layer in built.layers], indent=1) + "\n", "utf-8")
     if options["compiled"]["status"] == "proxy":
@@ -141,8 +160,10 @@ def _compile(
 
 
 def _options(program: Program, profile: Profile, generation: Generation, needed: list[str]) -> dict[str, Any]:
-    states = "delta" if generation.target == "decomposed" else "aliased"
+    states = "delta" if generation.target == "decomposed" and not needed else "aliased"
+    head = {"rows": ROWS, "values": VALUES, "ids": IDS, "k": CANDIDATES}
     return {
+        **({"head": head} if "EdgeHead" in needed else {}),
         "generation": generation.name,
         "sm": profile.sm,
         "plugins": needed,

@@ -15,9 +15,6 @@ import onnx_ir as ir
 from exporters.ops.tensorrt import EDGE, TRT
 from exporters.passes.context import Context
 
-#: Attributes of every node of ours, by which TensorRT's parser finds the plugin.
-PLUGIN = {"plugin_namespace": EDGE, "plugin_version": "1"}
-
 # TensorRT's own operators. The query of TRT_Attention is scaled beforehand, and its last row is at length - 1.
 _NATIVE = {
     "TRT_KVCacheUpdate": """
@@ -48,10 +45,10 @@ _NATIVE = {
     }""",
 }
 
-# int32 words [N, n] -> their fields [N, n * 32/bits] as float32, low bits first.
+# Helpers. What an attribute says reaches them as a tensor: TensorRT's parser loses attributes handed from one function
+# to the next. The first: int32 words [N, n] -> their fields [N, n * 32/bits] as float32, low bits first.
 _FIELDS = """
-    EdgeFields <bits> (words) => (fields) {
-        width = Constant <value_int: int = @bits> ()
+    EdgeFields (words, width) => (fields) {
         zero = Constant <value_int = 0> ()
         word = Constant <value_int = 32> ()
         two = Constant <value_int = 2> ()
@@ -72,9 +69,9 @@ _FIELDS = """
         fields = Cast <to = 1> (flat)
     }"""
 _WEIGHTS = """
-    EdgeWeights <bits> (codes, scales, zeros) => (weights) {
-        code = EdgeFields <bits: int = @bits> (codes)
-        point = EdgeFields <bits: int = @bits> (zeros)
+    EdgeWeights (codes, scales, zeros, width) => (weights) {
+        code = EdgeFields (codes, width)
+        point = EdgeFields (zeros, width)
         blocks = Shape <start = 1, end = 2> (scales)
         rows = Constant <value_ints = [0]> ()
         rest = Constant <value_ints = [-1]> ()
@@ -92,8 +89,8 @@ _WEIGHTS = """
     }"""
 # x [..., K] float16 times the weights, in float32.
 _PRODUCT = """
-    EdgeProduct <bits> (x, codes, scales, zeros, bias) => (y) {
-        whole = EdgeWeights <bits: int = @bits> (codes, scales, zeros)
+    EdgeProduct (x, codes, scales, zeros, bias, width) => (y) {
+        whole = EdgeWeights (codes, scales, zeros, width)
         columns = Shape <start = -1> (x)
         zero = Constant <value_ints = [0]> ()
         one = Constant <value_ints = [1]> ()
@@ -105,8 +102,7 @@ _PRODUCT = """
         y = Add (product, wide_bias)
     }"""
 _NORMALISE = """
-    EdgeNormalise <eps> (x, norm) => (y) {
-        epsilon = Constant <value_float: float = @eps> ()
+    EdgeNormalise (x, norm, epsilon) => (y) {
         last = Constant <value_ints = [-1]> ()
         wide = Cast <to = 1> (x)
         square = Mul (wide, wide)
@@ -127,13 +123,15 @@ _HELPERS = {
 _LINEAR = {
     "EdgeLinear": """
     EdgeLinear <bits, block, plugin_namespace, plugin_version> (x, codes, scales, zeros, bias) => (y) {
-        wide = EdgeProduct <bits: int = @bits> (x, codes, scales, zeros, bias)
+        width = Constant <value_int: int = @bits> ()
+        wide = EdgeProduct (x, codes, scales, zeros, bias, width)
         y = Cast <to = 10> (wide)
     }""",
     "EdgeLinearResidual": """
     EdgeLinearResidual <bits, block, plugin_namespace, plugin_version>
             (x, codes, scales, zeros, bias, residual) => (y) {
-        wide = EdgeProduct <bits: int = @bits> (x, codes, scales, zeros, bias)
+        width = Constant <value_int: int = @bits> ()
+        wide = EdgeProduct (x, codes, scales, zeros, bias, width)
         wide_residual = Cast <to = 1> (residual)
         sum = Add (wide, wide_residual)
         y = Cast <to = 10> (sum)
@@ -141,15 +139,19 @@ _LINEAR = {
     "EdgeNormLinear": """
     EdgeNormLinear <bits, block, eps, plugin_namespace, plugin_version>
             (x, norm, codes, scales, zeros, bias) => (y) {
-        normed = EdgeNormalise <eps: float = @eps> (x, norm)
-        wide = EdgeProduct <bits: int = @bits> (normed, codes, scales, zeros, bias)
+        epsilon = Constant <value_float: float = @eps> ()
+        normed = EdgeNormalise (x, norm, epsilon)
+        width = Constant <value_int: int = @bits> ()
+        wide = EdgeProduct (normed, codes, scales, zeros, bias, width)
         y = Cast <to = 10> (wide)
     }""",
     "EdgeNormLinearSwiglu": """
     EdgeNormLinearSwiglu <bits, block, eps, plugin_namespace, plugin_version>
             (x, norm, codes, scales, zeros, bias) => (y) {
-        normed = EdgeNormalise <eps: float = @eps> (x, norm)
-        joined = EdgeProduct <bits: int = @bits> (normed, codes, scales, zeros, bias)
+        epsilon = Constant <value_float: float = @eps> ()
+        normed = EdgeNormalise (x, norm, epsilon)
+        width = Constant <value_int: int = @bits> ()
+        joined = EdgeProduct (normed, codes, scales, zeros, bias, width)
         gate, up = Split <axis = -1, num_outputs = 2> (joined)
         sigmoid = Sigmoid (gate)
         silu = Mul (gate, sigmoid)
@@ -163,11 +165,13 @@ _HEAD = {
     "EdgeHead": """
     EdgeHead <bits, block, eps, k, plugin_namespace, plugin_version>
             (x, norm, codes, scales, zeros, rows) => (logits, values, ids) {
-        normed = EdgeNormalise <eps: float = @eps> (x, norm)
+        epsilon = Constant <value_float: float = @eps> ()
+        normed = EdgeNormalise (x, norm, epsilon)
         nothing = Constant <value = float[1] {0}> ()
         row_count = Shape <start = 0, end = 1> (codes)
         no_bias = Expand (nothing, row_count)
-        all = EdgeProduct <bits: int = @bits> (normed, codes, scales, zeros, no_bias)
+        width = Constant <value_int: int = @bits> ()
+        all = EdgeProduct (normed, codes, scales, zeros, no_bias, width)
         middle = Constant <value_ints = [1]> ()
         flat = Squeeze (all, middle)
         zero = Constant <value_int = 0> ()

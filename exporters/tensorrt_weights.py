@@ -11,19 +11,10 @@ import onnx_ir as ir
 from exporters.blocks import unpack_bits
 from exporters.inheritance import StoredMatrix
 from exporters.onnx_weights import values
-from exporters.ops.tensorrt import EDGE
+from exporters.ops.tensorrt import EDGE, WEIGHTS_AT
 from exporters.passes.spell_products import CODES, OFFSETS
 from exporters.passes.words import SUFFIX
 from exporters.program import Inherited
-
-#: Where codes, scales and zero points stand among the inputs of our kernels' nodes.
-_INPUTS: Mapping[str, tuple[int, int, int]] = {
-    "EdgeLinear": (1, 2, 3),
-    "EdgeLinearResidual": (1, 2, 3),
-    "EdgeNormLinear": (2, 3, 4),
-    "EdgeNormLinearSwiglu": (2, 3, 4),
-    "EdgeHead": (2, 3, 4),
-}
 
 
 def read_matrices(path: Path, inherited: Mapping[str, Inherited]) -> Mapping[str, StoredMatrix]:
@@ -50,8 +41,8 @@ def _stored(model: ir.Model, inherited: Mapping[str, Inherited]) -> Iterator[tup
             prefix = name.removesuffix(f".codes{SUFFIX}")
             scales, zeros = initializers[f"{prefix}.scales"], initializers.get(f"{prefix}.zeros{SUFFIX}")
             yield prefix, _from_words(node.inputs[0], scales, zeros, inherited[prefix])
-        elif node.domain == EDGE and node.op_type in _INPUTS:
-            codes, scales, zeros = (node.inputs[index] for index in _INPUTS[node.op_type])
+        elif node.domain == EDGE and node.op_type in WEIGHTS_AT:
+            codes, scales, zeros = node.inputs[WEIGHTS_AT[node.op_type] :][:3]
             prefix = (codes.name or "").removesuffix(f".codes{SUFFIX}")
             yield prefix, _from_words(codes, scales, zeros, inherited[prefix])
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from runtimes.onnxruntime_ import OnnxRuntimeSession, translated
-from runtimes.session import Array, BackendUnavailable, CheckedSession
+from runtimes.session import Array, BackendUnavailable, CheckedSession, Limits
 
 if TYPE_CHECKING:
     from runtimes.bundle import Artifact, Bundle
@@ -38,23 +38,29 @@ class TensorRtSession:
 
 
 class FileSession(OnnxRuntimeSession):
-    """ONNX Runtime on the file. Where the graph gives only the new rows of a cache, they are written into it here."""
+    """ONNX Runtime on the file. Where the graph gives only the new rows of a cache, they are written into it here; a
+    head that picks among a range of rows gets the whole vocabulary."""
 
-    def __init__(self, session: Any, artifact: Artifact, *arguments: Any, timing: bool = False) -> None:
-        super().__init__(session, artifact, *arguments, timing=timing)
+    def __init__(self, session: Any, artifact: Artifact, limits: Limits, *, timing: bool = False) -> None:
+        head = artifact.options.get("head")
+        self._fixed_feeds = {head["rows"]: np.array([0, limits.high["ids"]], np.int32)} if head else {}
+        self._caches: dict[str, Array] = {}
+        super().__init__(session, artifact, limits, timing=timing)
         import onnxruntime
 
         self.stand_in = f"ONNX Runtime {onnxruntime.__version__} on the file that the engine is built from"
-        self._delta = artifact.options.get("states") == "delta"
 
     def _bind_states(self) -> None:
-        if self.artifact.options.get("states") != "delta":
+        if self.artifact.options.get("states") == "delta":
+            self._caches = {state.input: np.zeros(state.shape, state.dtype) for state in self.artifact.states}
+        else:
             super()._bind_states()
-            return
-        self._caches = {state.input: np.zeros(state.shape, state.dtype) for state in self.artifact.states}
+
+    def _binding(self, feeds: dict[str, Array]) -> Any:
+        return super()._binding({**feeds, **self._fixed_feeds})
 
     def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:
-        if not self._delta:
+        if not self._caches:
             return super()._run(feeds)
         steps = feeds["ids"].shape[1]
         start = time.perf_counter() if self.timing else 0.0

@@ -3,7 +3,9 @@
 from exporters.ops._registry import NAMESPACE, REGISTRY, FusedOp
 from exporters.ops.aten import aten_lowerings
 from exporters.ops.codebook_lookup import codebook_lookup
+from exporters.ops.decoder_epilogues import bias_snake, group_norm_silu
 from exporters.ops.kv_attention import kv_attention, rope_angles
+from exporters.ops.projection import projection
 from exporters.ops.quantized_linear import quantized_embedding, quantized_linear
 from exporters.ops.rms_norm import add_rms_norm, rms_norm
 from exporters.ops.snake import snake
@@ -15,8 +17,11 @@ __all__ = [
     "FusedOp",
     "add_rms_norm",
     "aten_lowerings",
+    "bias_snake",
     "codebook_lookup",
+    "group_norm_silu",
     "kv_attention",
+    "projection",
     "quantized_embedding",
     "quantized_linear",
     "rms_norm",

@@ -23,6 +23,12 @@ from exporters.ops.kv_attention import query_positions, rotary_embedding, rotate
 
 #: Domain of nodes that a pass replaces, of TensorRT's own operators, and of our kernels.
 BUILD, TRT, EDGE = "edge.build", "trt", "edge"
+#: Attributes of every node of ours, by which TensorRT's parser finds the plugin.
+PLUGIN = {"plugin_namespace": EDGE, "plugin_version": "1"}
+#: Where codes, scales, zero points and bias begin among the inputs of our nodes.
+WEIGHTS_AT = {"EdgeLinear": 1, "EdgeLinearResidual": 1, "EdgeNormLinear": 2, "EdgeNormLinearSwiglu": 2, "EdgeHead": 2}
+#: Positions of the cache that one part of a decode step's attention covers, and parts at most.
+SPLIT, MOST_SPLITS = 128, 16
 
 
 def _node(name: str, inputs, attributes, dtype, shape, version: int = 1) -> Tensor:
@@ -145,6 +151,70 @@ def _instance_norm(x, groups, weight, bias, eps, cudnn_enabled=True):
     return normed * weight.reshape(affine) + bias.reshape(affine)
 
 
+def _kernel(name: str, inputs, attributes, dtype, shape) -> Tensor:
+    return _node(f"{EDGE}::{name}", inputs, {**attributes, **PLUGIN}, dtype, shape)
+
+
+def _projection(x, norm, codes, scales, zeros, bias, residual, bits, columns, eps, gated):
+    """The kernel for what stands around the product; a residual behind a norm or a gate is added by itself."""
+    rows, _, width = codes.shape
+    attributes = dict(bits=bits, block=8 * width // bits)
+    weights = [codes, scales, zeros, bias]
+    if norm is None and gated:
+        joined = _kernel("EdgeLinear", [x, *weights], attributes, x.dtype, (*x.shape[:-1], rows))
+        return _plus(ops.swiglu.reference(joined), residual)
+    if norm is None and residual is not None:
+        inputs = [x, *weights, residual]
+        return _kernel("EdgeLinearResidual", inputs, attributes, x.dtype, (*x.shape[:-1], rows))
+    if norm is None:
+        return _kernel("EdgeLinear", [x, *weights], attributes, x.dtype, (*x.shape[:-1], rows))
+    name, size = ("EdgeNormLinearSwiglu", rows // 2) if gated else ("EdgeNormLinear", rows)
+    y = _kernel(name, [x, norm, *weights], attributes | dict(eps=eps), x.dtype, (*x.shape[:-1], size))
+    return _plus(y, residual)
+
+
+def _plus(y: Tensor, residual: Tensor | None) -> Tensor:
+    return y if residual is None else y + residual
+
+
+def _attention_kernel(query, key, value, past_key, past_value, last, cos, sin, heads, kv_heads, scale, window, softcap):
+    """EdgeAttention, whose parts EdgeAttentionMerge joins: a decode step spreads the cache over the whole GPU."""
+    packed = query if key is None else torch.cat([query, key, value], -1)
+    batch, steps = packed.shape[:2]
+    capacity, width = past_key.shape[2:]
+    if cos is None:  # a rotation by nothing
+        cos = torch.ones(capacity, width // 2)
+        sin = torch.zeros(capacity, width // 2)
+    splits = max(1, min(MOST_SPLITS, capacity // SPLIT))
+    numbers = dict(heads=heads, kv_heads=kv_heads, scale=scale, window=window, softcap=softcap, splits=splits)
+    parts = torch.sym_max(steps, splits)
+    partial, keys, values = onnx_ops.symbolic_multi_out(
+        f"{EDGE}::EdgeAttention",
+        [packed, past_key, past_value, last, cos, sin],
+        {**numbers, **PLUGIN},
+        dtypes=[torch.float32, past_key.dtype, past_value.dtype],
+        shapes=[(batch, heads, parts, width + 2), past_key.shape, past_value.shape],
+        version=1,
+    )
+    out = _kernel(
+        "EdgeAttentionMerge", [partial, packed], dict(heads=heads), packed.dtype, (batch, steps, heads * width)
+    )
+    return out, keys, values
+
+
+def _codebook_kernel(codes, tables, size):
+    shape = (codes.shape[0], tables.shape[1], *codes.shape[2:])
+    return _kernel("EdgeCodebook", [codes, tables], dict(size=size), tables.dtype, shape)
+
+
+def _group_norm_kernel(x, weight, bias, groups, eps):
+    return _kernel("EdgeGroupNormSilu", [x, weight, bias], dict(groups=groups, eps=eps, silu=1), x.dtype, x.shape)
+
+
+def _bias_snake_kernel(x, bias):
+    return _kernel("EdgeBiasActivation", [x, bias], dict(activation=2), x.dtype, x.shape)
+
+
 _COMMON: Mapping[str, Callable] = {
     "quantized_linear": _product,
     "quantized_embedding": _lookup,
@@ -157,7 +227,15 @@ _NATIVE = {
     "rms_norm": ops.rms_norm.lowerings["onnx/standard"],
     "add_rms_norm": ops.add_rms_norm.lowerings["onnx/standard"],
 }
-TARGETS: Mapping[str, Mapping[str, Callable]] = {"decomposed": _DECOMPOSED, "native": _NATIVE}
+_FUSED = {
+    **_COMMON,
+    "projection": _projection,
+    "kv_attention": _attention_kernel,
+    "codebook_lookup": _codebook_kernel,
+    "group_norm_silu": _group_norm_kernel,
+    "bias_snake": _bias_snake_kernel,
+}
+TARGETS: Mapping[str, Mapping[str, Callable]] = {"decomposed": _DECOMPOSED, "native": _NATIVE, "fused": _FUSED}
 
 
 def lowerings(target: str, group_norm: bool) -> dict[object, Callable]:

@@ -12,6 +12,8 @@ import torch
 
 from exporters.passes.cancel_layout import cancel_layout
 from exporters.passes.fold_rope import fold_rope
+from exporters.passes.fuse_epilogues import fuse_epilogues
+from exporters.passes.fuse_projection import fuse_projection
 from exporters.passes.fuse_residual import fuse_residual
 from exporters.passes.fuse_swiglu import fuse_swiglu
 from exporters.passes.merge_equal import merge_equal
@@ -28,6 +30,11 @@ PROGRAM: Sequence[GraphPass] = (
     pack_qkv,  # three slices of one projection -> attention reads the projection itself
     fuse_residual,  # add + norm -> one op with two results
     fuse_swiglu,  # silu(gate) * up over the two halves of one projection
+)
+#: What a program goes through for a backend that has our CUDA kernels.
+KERNELS: Sequence[GraphPass] = (
+    fuse_projection,  # quantised products take the norm in front, and SwiGLU or the residual sum behind
+    fuse_epilogues,  # group norm + SiLU, and a convolution's bias + Snake
 )
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from exporters.passes.attach_head import attach_head
 from exporters.passes.attach_weights import attach_weights
 from exporters.passes.drop_unused import drop_unused
 from exporters.passes.mark_origins import mark_origins
 from exporters.passes.name_nodes import name_nodes
+from exporters.passes.pack_words import pack_words
 from exporters.passes.set_accuracy_level import set_fast_accuracy
 from exporters.passes.settle_reshapes import settle_reshapes
 from exporters.passes.simplify_model import simplify_model
@@ -40,6 +42,18 @@ TENSORRT = (
     transpose_weights,
     name_nodes,  # by the checkpoint's modules, for the compiler's list of layers
     add_functions,  # bodies in standard operators for TensorRT's own layers and for our kernels
+)
+#: The same with our kernels as nodes, whose plugins take the place of the functions on the device.
+TENSORRT_FUSED = (
+    *_ALL,
+    attach_head,  # the product that makes the logits -> the kernel that picks the largest of a range of rows
+    pack_words,  # weights of our nodes -> int32 words; no input is left out
+    spell_products,
+    spell_lookups,
+    drop_unused,
+    transpose_weights,
+    name_nodes,
+    add_functions,
 )
 #: Standard operators only.
 STANDARD = (*_ALL, type_codes, drop_unused, transpose_weights)  # packed bytes -> UINT4/UINT8 of DequantizeLinear

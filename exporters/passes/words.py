@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 import onnx_ir as ir
 
@@ -15,14 +13,15 @@ SUFFIX = ".words"
 
 def word_initializer(model: ir.Model, packed: ir.Value) -> ir.Value:
     """int32 [N, ceil(bytes of a row / 4)], little-endian, of the uint8 initializer ``packed`` [N, ...]; 0 pads."""
-    rows, *rest = packed.const_value.shape
+    tensor = packed.const_value
+    rows, *rest = tensor.shape
     count = -(-int(np.prod(rest, dtype=np.int64)) // 4)
-    return lazy_initializer(
-        model, packed.name + SUFFIX, ir.DataType.INT32, (rows, count), partial(_words, packed.const_value, count)
-    )
+    load = lambda: to_words(tensor.numpy())  # noqa: E731
+    return lazy_initializer(model, packed.name + SUFFIX, ir.DataType.INT32, (rows, count), load)
 
 
-def _words(packed: ir.TensorProtocol, count: int) -> np.ndarray:
-    values = packed.numpy()
-    flat = values.reshape(values.shape[0], -1)
-    return np.pad(flat, ((0, 0), (0, 4 * count - flat.shape[1]))).view("<i4").reshape(values.shape[0], count)
+def to_words(packed: np.ndarray) -> np.ndarray:
+    """uint8 [N, ...] -> int32 [N, ceil(bytes of a row / 4)]."""
+    flat = packed.reshape(packed.shape[0], -1)
+    padded = np.pad(flat, ((0, 0), (0, -flat.shape[1] % 4)))
+    return padded.view("<i4").reshape(packed.shape[0], -1)
