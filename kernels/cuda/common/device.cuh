@@ -9,9 +9,9 @@
 #include "cuda_on_cpu.h"
 #endif
 
-// Entry points: EDGE_KERNEL(threads) void edge_op_variant(...) {...} and, after it, EDGE_ENTRY(edge_op_variant), which
+// Entry points: EDGE_KERNEL(threads[, blocks an SM at least]) void edge_op_variant(...) {...} and, after it, EDGE_ENTRY(edge_op_variant), which
 // the CPU build needs to call it by name. Dynamic shared memory: EDGE_DYNAMIC_SHARED(bytes); inside the kernel.
-#define EDGE_KERNEL(threads) extern "C" __global__ __launch_bounds__(threads)
+#define EDGE_KERNEL(...) extern "C" __global__ __launch_bounds__(__VA_ARGS__)
 
 namespace edge {
 

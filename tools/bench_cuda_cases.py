@@ -1,0 +1,180 @@
+"""What each CUDA kernel is called with, what it must give and how far it may be off, for tests and benchmark.
+
+A case is made from a shape and a seed: arrays in the order of the entry point's arguments, the float64 answer, and the
+limit of the difference element by element, derived beside the answer. u = 2^-11 is the error of rounding to float16,
+v = 2^-23 that of a float32 operation (twice the unit roundoff, since tensor cores cut off instead of rounding).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+HALF, SINGLE = 2.0**-11, 2.0**-23
+TINY = 2.0**-25  # half the smallest float16
+TILE, HEAD_TILE = 16, 256
+OPS = ("linear", "linear_residual", "norm_linear", "norm_linear_swiglu")
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What an output must be: within ``limit`` of ``value``, element by element; no limit: the same."""
+
+    value: Array
+    limit: Array | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of one op.
+
+    Attributes:
+        plan: the name of its plan function and the shape's fields before the device's (number of SMs).
+        arguments: in the entry point's order: arrays, then ints, then floats; outputs hold what must not survive.
+        outputs: position among the arguments -> what it must be.
+        bytes: that a perfect kernel moves, to and from memory.
+        products: multiplications with an addition.
+        torch: the name of the comparison in tools/bench_cuda.py and its sizes.
+    """
+
+    name: str
+    plan: tuple[str, tuple[int, ...]]
+    arguments: tuple[Any, ...]
+    outputs: dict[int, Expected]
+    bytes: int
+    products: int
+    torch: tuple[str, tuple[int, ...]] | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def check(self, found: Sequence[Any]) -> float:
+        """The largest share of its limit that a difference takes (0.3: well inside).
+
+        Raises:
+            AssertionError: an output is further off than its limit.
+        """
+        worst = 0.0
+        for position, expected in self.outputs.items():
+            got = np.asarray(found[position], np.float64 if expected.limit is not None else None)
+            if expected.limit is None:
+                np.testing.assert_array_equal(got, expected.value, err_msg=self.name)
+                continue
+            same = got == expected.value  # infinities
+            with np.errstate(invalid="ignore"):
+                share = np.where(same, 0.0, np.abs(got - expected.value) / expected.limit)
+            worst = max(worst, float(np.max(share, initial=0.0, where=~np.isnan(share))))
+            assert not np.isnan(share).any(), f"{self.name}: argument {position} is not a number"
+            assert worst <= 1, f"{self.name}: argument {position} is {worst:.2f} of its limit off"
+        return worst
+
+
+# --- quantised weights ----------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Weight:
+    """codes, scales and zeros as the kernels take them, and the float64 matrix [N, K] that they stand for."""
+
+    codes: Array
+    scales: Array
+    zeros: Array
+    dense: Array
+
+
+def pack(values: Array, bits: int) -> Array:
+    """[.., n] of codes, low bits first in bytes, padded to whole int32: [.., ceil(n * bits / 32)]."""
+    values = np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, -values.shape[-1] % (32 // bits))]).astype(np.uint8)
+    if bits == 4:
+        values = values[..., ::2] | values[..., 1::2] << 4
+    return np.ascontiguousarray(values).view(np.int32)
+
+
+def random_weight(
+    random: np.random.Generator, rows: int, columns: int, bits: int, block: int, scale_type: Any, symmetric: bool
+) -> Weight:
+    """Random codes, also past the last column, where they must not count; scales of 1 / sqrt(K) / 2^bits."""
+    blocks = -(-columns // block)
+    codes = random.integers(0, 2**bits, (rows, blocks * block), dtype=np.uint8)
+    zeros = random.integers(0, 2**bits, (rows, blocks), dtype=np.uint8)
+    if symmetric:
+        zeros[:] = 2 ** (bits - 1)
+    scales = (random.uniform(0.2, 3, (rows, blocks)) / np.sqrt(columns) / 2**bits).astype(scale_type)
+    spread = [np.repeat(part.astype(np.float64), block, axis=1)[:, :columns] for part in (zeros, scales)]
+    dense = (codes[:, :columns].astype(np.float64) - spread[0]) * spread[1]
+    return Weight(pack(codes, bits), scales, pack(zeros, bits), dense)
+
+
+def half(random: np.random.Generator, *shape: int, size: float = 1.0) -> Array:
+    """Normal deviates in float16."""
+    return (random.standard_normal(shape) * size).astype(np.float16)
+
+
+def normed(x: Array, norm: Array, eps: float) -> Array:
+    """RMS norm in float64."""
+    wide = x.astype(np.float64)
+    return wide / np.sqrt(np.mean(wide**2, -1, keepdims=True) + eps) * norm.astype(np.float64)
+
+
+def product_limit(x: Array, dense: Array, *, is_normed: bool, rounds_weight: bool) -> Array:
+    """How far sums of products may be off.
+
+    Each of the K products is exact in float32, its scale and the K additions round by v each; the norm rounds x twice
+    to float16 (u each) after a handful of float32 steps; the tensor-core path of many rows rounds the weight (u).
+    """
+    magnitudes = np.abs(x) @ np.abs(dense).T
+    limit = (x.shape[-1] + 16) * SINGLE * magnitudes
+    if is_normed:
+        limit += 2.01 * HALF * magnitudes + TINY * np.abs(dense).sum(1)
+    if rounds_weight:
+        limit += 1.01 * HALF * magnitudes + TINY * np.abs(x).sum(-1, keepdims=True)
+    return limit
+
+
+def linear(
+    op: str, M: int, N: int, K: int, *, bits: int = 4, block: int = 32, scales: Any = np.float16,
+    symmetric: bool = False, any_kernel: bool = False, seed: int = 0,
+) -> Case:  # fmt: skip
+    """EdgeLinear and its fused forms; N counts the weight's rows."""
+    random = np.random.default_rng(seed)
+    weight = random_weight(random, N, K, bits, block, scales, symmetric)
+    is_normed, swiglu, eps = op.startswith("norm"), op.endswith("swiglu"), 1e-6
+    x, norm, bias = half(random, M, K), half(random, K, size=0.5), half(random, N)
+    outputs = N // 2 if swiglu else N
+    residual, y = half(random, M, outputs), np.full((M, outputs), np.nan, np.float16)
+
+    wide = normed(x, norm, eps) if is_normed else x.astype(np.float64)
+    value = wide @ weight.dense.T + bias
+    limit = product_limit(wide, weight.dense, is_normed=is_normed, rounds_weight=M > 4) + SINGLE * np.abs(value)
+    if op == "linear_residual":
+        value = value + residual
+    if swiglu:
+        value, limit = _swiglu(value, limit)
+    limit = limit + HALF * (np.abs(value) + limit) + TINY
+
+    arguments = [x, *([norm] if is_normed else []), weight.codes, weight.scales, weight.zeros, bias]
+    arguments += [residual] if op == "linear_residual" else []
+    position = len(arguments)
+    arguments += [y, M, N, K, block, *([eps] if is_normed else [])]
+    read = [a for a in arguments[:position] if isinstance(a, np.ndarray)]
+    kind = f"{op} w{bits} {np.dtype(scales).name} block {block}{' symmetric' if symmetric else ''}"
+    return Case(
+        f"{kind} M={M} N={N} K={K}{' any' if any_kernel else ''}",
+        ("linear", (OPS.index(op), bits, int(scales == np.float32), M, N, K, block, int(any_kernel))),
+        tuple(arguments),
+        {position: Expected(value, limit)},
+        sum(a.nbytes for a in read) + y.nbytes,
+        M * N * K,
+        ("linear", (M, N, K)),
+    )
+
+
+def _swiglu(sums: Array, limit: Array) -> tuple[Array, Array]:
+    """silu(gate) * up with its limit: silu is nowhere steeper than 1.1, and exp is off by 2 + 1.2 |gate| units."""
+    gate, up = np.split(sums, 2, axis=-1)
+    gate_limit, up_limit = np.split(limit, 2, axis=-1)
+    silu = gate / (1 + np.exp(-gate))
+    value = silu * up
+    limit = 1.1 * gate_limit * (np.abs(up) + up_limit) + np.abs(silu) * up_limit
+    return value, limit + (8 + 1.2 * np.abs(gate)) * SINGLE * np.abs(value)
