@@ -1,9 +1,7 @@
 """Quantises the convolutions of a decoder to int8 after training, with NNCF and the student's own signals.
 
-Layers that fall off the cliff are found by sensitivity: each convolution alone is quantised and the noise that it adds
-to the output is measured. Such noises add up, so the loudest layers stay in float until the rest together are quiet
-enough. (NNCF's own quantize_with_accuracy_control kept 28 of the reference audio decoder's 30 layers in float for
-26 dB, and took 91 s.)
+Layers that fall off the cliff are found by sensitivity (exporters/sensitivity.py). (NNCF's own
+quantize_with_accuracy_control kept 28 of the reference audio decoder's 30 layers in float for 26 dB, and took 91 s.)
 """
 
 from __future__ import annotations
@@ -12,29 +10,20 @@ import contextlib
 import io
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import nncf
 import numpy as np
 import openvino as ov
 
-from exporters.errors import ExportError
+from exporters.sensitivity import CALIBRATED, MEASURED, WANTED_DB, Outputs, QuantisationFailed, float_layers
 
 Feeds = Mapping[str, np.ndarray]
 
 #: What is quantised. Transposed convolutions stay in float: the CPU plugin's int8 kernel of one took 13.6 ms where the
 #: float one takes 0.1 ms (2026.4), and they are the most sensitive layers of the reference audio decoder.
 CONVOLUTIONS = ("Convolution", "GroupConvolution")
-#: Signal-to-noise ratio of the quantised against the float output that is wanted: half the noise that the gate allows
-#: (20 dB, runtimes/gates.py), for signals that calibration did not see.
-WANTED_DB = 23.0
-#: Signals that the sensitivity is measured with, and the largest number for the ranges of activations.
-MEASURED, CALIBRATED = 2, 64
-
-
-class QuantisationFailed(ExportError):
-    """No set of layers in int8 keeps the signal."""
 
 
 @dataclass(frozen=True)
@@ -68,30 +57,17 @@ def quantise(model: ov.Model, feeds: Iterable[Feeds], where: str, wanted_db: flo
         way_out = "Ship samples with the student, or leave openvino/int8 out of the profile."
         raise QuantisationFailed("there is no signal to calibrate with", where=where, way_out=way_out)
     names = [node.get_friendly_name() for node in model.get_ordered_ops() if node.get_type_name() in CONVOLUTIONS]
-    expected = _outputs(model, samples)
     everything = _quantised(model, samples, ())
-    found = Quantised(everything, (), len(names), _snr(expected, _outputs(everything, samples)))
-    noises: dict[str, float] = {}
-    while found.snr_db < wanted_db:
-        noises = noises or _noises(model, everything, names, samples[:MEASURED], expected[:MEASURED])
-        loudest = sorted(noises, key=noises.__getitem__, reverse=True)
-        floating = loudest[: _count(noises, loudest, expected, wanted_db, len(found.floating) + 1)]
-        if len(floating) == len(names):
-            way_out = "Leave openvino/int8 out of the profile."
-            raise QuantisationFailed(f"int8 keeps {found.snr_db:.1f} dB of {wanted_db}", where=where, way_out=way_out)
-        part = _quantised(model, samples, floating)
-        found = Quantised(part, tuple(floating), len(names), _snr(expected, _outputs(part, samples)))
-    return replace(found, floating=tuple(name.split("/")[0] for name in found.floating))
 
+    def without(floating: Sequence[str]) -> Outputs:
+        return _outputs(_quantised(model, samples, floating) if floating else everything, samples)
 
-def _count(
-    noises: Mapping[str, float], loudest: Sequence[str], expected: Sequence[np.ndarray], wanted_db: float, least: int
-) -> int:
-    """How many of the loudest layers must stay in float for the others' noise to be low enough; ``least`` or more."""
-    power = float(np.mean([np.square(x).mean() for x in expected]))
-    allowed = power / 10 ** (wanted_db / 10)
-    left = np.array([sum(noises[name] for name in loudest[count:]) for count in range(len(loudest) + 1)])
-    return max(least, int(np.argmax(left <= allowed)))
+    def alone(name: str) -> Outputs:
+        return _outputs(_with_quantised(model, everything, name), samples[:MEASURED])
+
+    floating, found = float_layers(names, without, alone, _outputs(model, samples), where, wanted_db)
+    chosen = _quantised(model, samples, floating) if floating else everything
+    return Quantised(chosen, tuple(name.split("/")[0] for name in floating), len(names), found)
 
 
 def _quantised(model: ov.Model, samples: Sequence[Feeds], floating: Sequence[str]) -> ov.Model:
@@ -105,18 +81,6 @@ def _quantised(model: ov.Model, samples: Sequence[Feeds], floating: Sequence[str
             subset_size=len(samples),
             ignored_scope=scope,
         )
-
-
-def _noises(
-    model: ov.Model, quantised: ov.Model, names: Sequence[str], samples: Sequence[Feeds], expected: Sequence[np.ndarray]
-) -> dict[str, float]:
-    """Convolution -> mean square of what quantising it alone changes in the output."""
-    noises = {}
-    for name in names:
-        alone = _with_quantised(model, quantised, name)
-        changes = [x - y for x, y in zip(expected, _outputs(alone, samples), strict=True)]
-        noises[name] = float(np.mean([np.square(change).mean() for change in changes]))
-    return noises
 
 
 def _with_quantised(model: ov.Model, quantised: ov.Model, name: str) -> ov.Model:
@@ -133,15 +97,9 @@ def _with_quantised(model: ov.Model, quantised: ov.Model, name: str) -> ov.Model
     return copy
 
 
-def _outputs(model: ov.Model, samples: Sequence[Feeds]) -> list[np.ndarray]:
+def _outputs(model: ov.Model, samples: Sequence[Feeds]) -> Outputs:
     compiled = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return [np.array(compiled(sample)[0], np.float64) for sample in samples]
-
-
-def _snr(expected: Sequence[np.ndarray], got: Sequence[np.ndarray]) -> float:
-    """Signal-to-noise ratio in dB over all signals together."""
-    noise = sum(np.square(x - y).sum() for x, y in zip(expected, got, strict=True))
-    return float(10 * np.log10(sum(np.square(x).sum() for x in expected) / max(noise, 1e-30)))
 
 
 @contextlib.contextmanager

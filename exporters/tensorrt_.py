@@ -30,9 +30,12 @@ from exporters.onnx_lowering import to_onnx
 from exporters.ops.tensorrt import lowerings
 from exporters.passes import model_passes
 from exporters.passes.attach_head import CANDIDATES, IDS, ROWS, VALUES
+from exporters.passes.drop_unused import drop_unused
+from exporters.passes.quantise_convolutions import quantise_convolutions
 from exporters.program import Program
 from exporters.tensorrt_functions import plugins
 from exporters.tensorrt_generations import RTX_GENERATION, Generation, generation_of
+from exporters.tensorrt_int8 import plan_int8
 from exporters.tensorrt_layers import patterns
 from exporters.tensorrt_weights import read_matrices
 from exporters.traffic import stored_precision
@@ -58,7 +61,8 @@ class TensorRtExporter:
     def forms(self, program: Program) -> tuple[Kind, ...]:
         """See Exporter."""
         with_kernels = ((FUSED, "fp16"),) if program.entry in KERNEL_ENTRIES else ()
-        return (*with_kernels, (TYPED, "fp16"), (TYPED, "exact"))
+        with_int8 = ((INT8, "fp16"),) if program.entry.endswith("_decoder") else ()
+        return (*with_kernels, (TYPED, "fp16"), (TYPED, "exact"), *with_int8)
 
     def unsupported(self, program: Program, profile: Profile, kind: Kind) -> list[str]:
         """See Exporter."""
@@ -85,10 +89,11 @@ class TensorRtExporter:
         with WeightFile(folder / f"{job.program.entry}.data", job.progress) as weights:
             for kind in job.kinds:
                 program, model = lower(job.program, kind, generation)
+                int8 = _quantise(job, model, generation) if kind[0] == INT8 else {}
                 weights.adopt(model)
                 path = folder / f"{program.entry}.{'.'.join(kind)}.onnx"
                 ir.save(model, path)
-                options = _options(program, job.profile, generation, list(plugins(model)))
+                options = _options(program, job.profile, generation, list(plugins(model))) | int8
                 files = [path, weights.path, *_compile(path, model, job.profile, generation, options)]
                 relative = [file.relative_to(job.out).as_posix() for file in files]
                 operators = Counter(node.op_type for node in model.graph)
@@ -119,6 +124,15 @@ def lower(program: Program, kind: Kind, generation: Generation) -> tuple[Program
     model = to_onnx(typed, table, generation.opset, edits)
     model.ir_version = generation.ir_version
     return typed, model
+
+
+def _quantise(job: Job, model: ir.Model, generation: Generation) -> dict[str, Any]:
+    """Quantises the convolutions of ``model`` in place; what an artifact says of it."""
+    plain = lower(job.program, (TYPED, "exact"), generation)[1]
+    plan = plan_int8(plain, job.samples(), job.program.entry)
+    quantise_convolutions(model, plan.ranges)
+    drop_unused(model)
+    return {"float_layers": list(plan.floating), "snr_db": round(plan.snr_db, 2)}
 
 
 def _rope_tables(program: Program) -> set[str]:
@@ -206,4 +220,6 @@ def _user_inputs(program: Program) -> tuple[str, ...]:
 
 
 def _precision(program: Program, kind: Kind) -> dict[str, str]:
+    if kind[0] == INT8:
+        return {"weights": "int8 per channel", "activations": "int8 in convolutions, else float16"}
     return {"weights": stored_precision(program), "activations": "float32" if kind[1] == "exact" else "float16"}

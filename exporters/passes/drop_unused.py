@@ -7,7 +7,7 @@ import onnx_ir as ir
 from exporters.passes.context import Context
 
 
-def drop_unused(model: ir.Model, context: Context) -> None:
+def drop_unused(model: ir.Model, context: Context | None = None) -> None:
     """Edits ``model`` in place."""
     for name, value in list(model.graph.initializers.items()):
         if not value.uses() and not value.is_graph_output():
