@@ -24,6 +24,8 @@ SOURCES = Path(__file__).parent.parent / "kernels" / "cuda"
 SMS = ("sm_87", "sm_89", "sm_90", "sm_110", "sm_120")
 #: Flags of every build for a GPU; --use_fast_math is not among them: denormals and divisions stay exact.
 FLAGS = ("-std=c++17", "-default-device")
+#: Where NVIDIA's own installer puts CUDA.
+TOOLKIT = Path("/usr/local/cuda")
 NVRTC_PACKAGES = ("nvidia-cuda-nvrtc-cu12==12.6.85", "nvidia-cuda-runtime-cu12==12.6.77")
 NVCC_PACKAGES = (
     *("nvidia-cuda-nvcc==13.0.88", "nvidia-nvvm==13.0.88", "nvidia-cuda-crt==13.0.88"),
@@ -62,7 +64,15 @@ def compile_ptx(sm: str, cuda_version: str) -> bytes:
 def compile_source(source: str, sm: str, cuda_version: str) -> bytes:
     """PTX of one source text, which includes headers relative to kernels/cuda; as `compile_ptx`."""
     major = int(cuda_version.split(".")[0])
-    return nvcc_ptx(source, sm) if major >= 13 else nvrtc_ptx(source, sm)
+    if major >= 13:
+        return nvcc_ptx(source, sm)
+    if sm not in NVRTC_SMS:
+        raise CompilerMissing(
+            f"no compiler of CUDA {cuda_version} knows {sm}",
+            where="kernels/cuda",
+            way_out=f"{sm} needs CUDA 13 on the device; the profile's cuda is {cuda_version}",
+        )
+    return nvrtc_ptx(source, sm)
 
 
 # --- nvcc -----------------------------------------------------------------------------------------------------------
@@ -73,7 +83,7 @@ def find_nvcc() -> Path:
         CompilerMissing: there is none.
     """
     wheel = _wheel_folder("cu13", "bin", "nvcc")
-    for place in (shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc", wheel and wheel / "nvcc"):
+    for place in (shutil.which("nvcc"), TOOLKIT / "bin" / "nvcc", wheel and wheel / "nvcc"):
         if place and Path(place).exists():
             return Path(place)
     raise CompilerMissing(

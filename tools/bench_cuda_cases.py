@@ -23,10 +23,15 @@ OPS = ("linear", "linear_residual", "norm_linear", "norm_linear_swiglu")
 
 @dataclass(frozen=True)
 class Expected:
-    """What an output must be: within ``limit`` of ``value``, element by element; no limit: the same."""
+    """What an output must be: within ``limit`` of ``value``, element by element; no limit: the same.
+
+    A worst case is far from what errors that do not know of each other add up to, so their root mean square has a limit
+    of its own, as a share of the values': that of one rounding to float16 at its worst.
+    """
 
     value: Array
     limit: Array | None = None
+    rms: float = HALF
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,16 @@ class Case:
             worst = max(worst, float(np.max(share, initial=0.0, where=~np.isnan(share))))
             assert not np.isnan(share).any(), f"{self.name}: argument {position} is not a number"
             assert worst <= 1, f"{self.name}: argument {position} is {worst:.2f} of its limit off"
+            error = relative_error(got, expected.value)
+            assert error <= expected.rms, f"{self.name}: argument {position} is off by {error:.1e} of its size"
         return worst
+
+
+def relative_error(got: Array, value: Array) -> float:
+    """Root mean square of the difference over that of the finite values."""
+    finite = np.isfinite(value)
+    size = np.sqrt(np.mean(value**2, where=finite)) if finite.any() else 0.0
+    return float(np.sqrt(np.mean((got[finite] - value[finite]) ** 2)) / size) if size else 0.0
 
 
 # --- quantised weights ----------------------------------------------------------------------------------------------
@@ -178,3 +192,95 @@ def _swiglu(sums: Array, limit: Array) -> tuple[Array, Array]:
     value = silu * up
     limit = 1.1 * gate_limit * (np.abs(up) + up_limit) + np.abs(silu) * up_limit
     return value, limit + (8 + 1.2 * np.abs(gate)) * SINGLE * np.abs(value)
+
+
+# --- the head -------------------------------------------------------------------------------------------------------
+def top_of(logits: Array, ids: Array, k: int) -> tuple[Array, Array]:
+    """The k largest of [.., n] in falling order, of equal ones the lower id first; -inf and -1 where there are no more."""
+    logits = np.pad(logits, [(0, 0)] * (logits.ndim - 1) + [(0, k)], constant_values=-np.inf)
+    ids = np.pad(ids, [(0, 0)] * (ids.ndim - 1) + [(0, k)], constant_values=-1)
+    order = np.lexsort((ids & 0x7FFFFFFF, -logits), axis=-1)[..., :k]
+    return np.take_along_axis(logits, order, -1), np.take_along_axis(ids, order, -1)
+
+
+def head(
+    B: int, V: int, K: int, *, first: int = 0, end: int | None = None, k: int = 5, bits: int = 4, block: int = 32,
+    scales: Any = np.float16, symmetric: bool = False, with_logits: bool = True, seed: int = 0,
+) -> Case:  # fmt: skip
+    """EdgeHead over rows first..end of the vocabulary. Which ids are largest is `check_top`'s to say: it needs the
+    kernel's own logits, since two close ones may change places within the limit."""
+    random = np.random.default_rng(seed)
+    end = V if end is None else end
+    weight = random_weight(random, V, K, bits, block, scales, symmetric)
+    x, norm, eps = half(random, B, K), half(random, K, size=0.5), 1e-6
+    wide = normed(x, norm, eps)
+    outside = (np.arange(V) < first) | (np.arange(V) >= end)
+    value = np.where(outside, -np.inf, wide @ weight.dense.T)
+    limit = product_limit(wide, weight.dense, is_normed=True, rounds_weight=False)
+    tiles = -(-V // HEAD_TILE)
+    logits = np.full((B, V), np.nan, np.float32) if with_logits else None
+    tops = np.full((B, tiles, k), np.nan, np.float32), np.full((B, tiles, k), -2, np.int32)
+    arguments = (x, norm, weight.codes, weight.scales, weight.zeros, np.array([first, end], np.int32), logits, *tops)
+
+    padded = np.pad(value, ((0, 0), (0, tiles * HEAD_TILE - V)), constant_values=-np.inf).reshape(B, tiles, HEAD_TILE)
+    limits = np.pad(limit, ((0, 0), (0, tiles * HEAD_TILE - V))).reshape(B, tiles, HEAD_TILE)
+    best = -np.sort(-padded, -1)[..., :k]
+    # A sorted list moves by no more than its largest entry does.
+    outputs = {7: Expected(best, np.broadcast_to(limits.max(-1, keepdims=True), best.shape) + TINY)}
+    if with_logits:
+        outputs[6] = Expected(value, limit + TINY)
+    share = (end - first) / V
+    read = sum(a.nbytes for a in (weight.codes, weight.scales, weight.zeros)) * share
+    return Case(
+        f"head w{bits} {np.dtype(scales).name} block {block} B={B} V={V} K={K} rows {first}..{end} k={k}",
+        ("head", (bits, int(scales == np.float32), B, V, K, block, k)),
+        (*arguments, B, V, K, block, k, eps),
+        outputs,
+        int(read) + x.nbytes + norm.nbytes + sum(a.nbytes for a in (logits, *tops) if a is not None),
+        int(B * V * K * share),
+        ("linear", (B, end - first, K)),
+    )
+
+
+def check_top(logits: Array, values: Array, ids: Array) -> None:
+    """Each tile's list is exactly that of the kernel's own logits.
+
+    Raises:
+        AssertionError: an entry, its id or its place is another.
+    """
+    V = logits.shape[1]
+    tiles, k = values.shape[1:]
+    for tile in range(tiles):
+        part = np.arange(tile * HEAD_TILE, min(V, (tile + 1) * HEAD_TILE), dtype=np.int32)
+        own = logits[:, part]
+        numbers = np.broadcast_to(np.where(np.isneginf(own[0]), -1, part), own.shape)
+        expected = top_of(own, numbers, k)
+        np.testing.assert_array_equal(values[:, tile], expected[0])
+        np.testing.assert_array_equal(ids[:, tile], expected[1])
+
+
+def merge_top(B: int, tiles: int, k: int, *, missing: float = 0.1, levels: int = 0, seed: int = 0) -> Case:
+    """EdgeMergeTop; a share of the tiles is short, and with ``levels`` values are so many, so that most are equal."""
+    random = np.random.default_rng(seed)
+    logits = random.standard_normal((B, tiles, k)).astype(np.float32)
+    if levels:
+        logits = random.integers(0, levels, logits.shape).astype(np.float32)
+    ids = np.stack([
+        np.stack([np.sort(random.choice(HEAD_TILE, k, replace=False)) + HEAD_TILE * tile for tile in range(tiles)])
+        for _ in range(B)
+    ]).astype(np.int32)  # fmt: skip
+    short = random.random((B, tiles)) < missing
+    keep = np.arange(k) < np.where(short, random.integers(0, k + 1, (B, tiles)), k)[..., None]
+    values, ids = top_of(np.where(keep, logits, -np.inf).astype(np.float32), np.where(keep, ids, -1), k)
+    expected = top_of(values.reshape(B, -1), ids.reshape(B, -1), k)
+    found = np.full((B, k), np.nan, np.float32), np.full((B, k), -2, np.int32)
+    arrays = (values, np.ascontiguousarray(ids, np.int32), *found)
+    return Case(
+        f"merge_top B={B} tiles={tiles} k={k}",
+        ("merge_top", (B, tiles, k)),
+        (*arrays, B, tiles, k),
+        {2: Expected(expected[0]), 3: Expected(expected[1])},
+        sum(a.nbytes for a in arrays),
+        0,
+        ("topk", (B, tiles, k)),
+    )

@@ -3,6 +3,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,7 @@ from exporters.cuda_kernels import ops
 from tools.bench_cuda_cases import Case
 from tools.cuda_kernels import SANITIZE, HostKernels, build_host
 
+ROOT = Path(__file__).parents[2]
 #: Multiprocessors that plans are made for in tests: Orin's, so that grids stride and splits differ between shapes.
 SMS = 16
 

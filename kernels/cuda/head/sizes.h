@@ -1,0 +1,17 @@
+// Sizes that the head's kernels and their plans agree on.
+#pragma once
+
+#include "../linear/sizes.h"
+
+namespace edge {
+
+constexpr int HEAD_TILE = 256, HEAD_WARPS = 8;  // rows of the vocabulary a block, and its warps
+constexpr int HEAD_TOP = 64;                    // the largest k
+constexpr int MERGE_WARPS = 8;
+
+/// Keys of a tile, logits, x.
+constexpr int head_shared(int rows, int columns, int bits, int block) {
+    return HEAD_TILE * 8 + rows * HEAD_TILE * 4 + rows * padded_columns(columns, bits, block) * 2;
+}
+
+}  // namespace edge
