@@ -73,6 +73,18 @@ class Sampler:
             raise SamplingError("the logits hold NaN or infinity", f"tokens {allowed.first}..{allowed.end - 1}")
         return token
 
+    def takes(self, candidates: int, allowed: Allowed) -> bool:
+        """Whether the largest ``candidates`` logits of the range are enough for `pick_among`."""
+        settings = self.settings
+        enough = (
+            settings.temperature == 0 or 0 < settings.top_k <= candidates or allowed.end - allowed.first <= candidates
+        )
+        return bool(candidates) and not allowed.also and enough
+
+    def pick_among(self, values: Array, ids: Array) -> int:
+        """The next token, from logits [k] and their token ids [k], largest first. Raises as `pick` does."""
+        return int(ids[self.pick(values, Allowed(0, len(values)))])
+
     def _best(self, logits: Array, allowed: Allowed) -> int:
         token = allowed.first + int(logits[allowed.first : allowed.end].argmax())
         for other in allowed.also:

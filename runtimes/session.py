@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 import numpy as np
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from runtimes.bundle import Artifact, Bundle, TensorSpec
 
 Array = np.ndarray[Any, Any]
+_Outputs = TypeVar("_Outputs")
 
 
 class RuntimeInputError(Fault):
@@ -102,6 +103,7 @@ class CheckedSession(ABC):
     `effective` is what the loaded model computes in, as the vendor's runtime reports it, where it reports that.
     `stand_in` names what runs in the device's place, such as an interpreter or an emulator; None on the device itself.
     `lengths` are the runs of tokens that the model is compiled for; empty where it takes any.
+    `candidates` is how many of the largest logits of a range `run_top` gives; 0 where the model has no such head.
     With `timing`, a backend stores the seconds of its vendor's own call in `last_run_seconds`, so that the cost of
     everything around it can be measured.
     """
@@ -115,12 +117,14 @@ class CheckedSession(ABC):
         self.effective: dict[str, str] = {}
         self.stand_in: str | None = None
         self.lengths: tuple[int, ...] = ()
+        self.candidates = 0
         self._where = f"{artifact.component} ({artifact.backend} {artifact.form} {artifact.mode})"
         self._checks = tuple(
             _InputCheck(spec, limits.high.get(spec.name), self._where)
             for spec in artifact.inputs
             if spec.name != "last"
         )
+        self._vocabulary = limits.high.get("ids", 0)
         self._last = np.zeros(1, np.int32) if any(spec.name == "last" for spec in artifact.inputs) else None
         self._guard = threading.Lock()
         self._closed = False
@@ -144,6 +148,33 @@ class CheckedSession(ABC):
         """Releases the vendor's objects."""
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        return self._guarded(feeds, self._run)
+
+    def run_top(self, feeds: Mapping[str, Array], first: int, end: int) -> tuple[Array, Array]:
+        """One step of a model whose head picks by itself: only its candidates leave the device.
+
+        Args:
+            first, end: the range of token ids, a modality's or a codebook's.
+
+        Returns:
+            Logits float32 and token ids int32 of the `candidates` largest (fewer in a shorter range), largest first.
+
+        Raises:
+            RuntimeInputError: there is no such head, or no such range; and what `run` raises.
+        """
+        if not 0 <= first < end <= self._vocabulary or not self.candidates:
+            what = f"rows {first}..{end - 1} of {self._vocabulary}" if self.candidates else "the model has no such head"
+            raise RuntimeInputError(what, self._where, "Use run")
+        values, ids = self._guarded(feeds, lambda checked: self._run_top(checked, first, end))
+        found = min(self.candidates, end - first)
+        return values[:found], ids[:found]
+
+    def _run_top(self, feeds: dict[str, Array], first: int, end: int) -> tuple[Array, Array]:
+        """The backend's step of `run_top`: logits [candidates] and ids [candidates]."""
+        raise RuntimeInputError("the model has no such head", self._where, "Use run")
+
+    def _guarded(self, feeds: Mapping[str, Array], step: Callable[[dict[str, Array]], _Outputs]) -> _Outputs:
+        """One checked step, which only one thread at a time may take."""
         if not self._guard.acquire(blocking=False):
             raise self._busy()
         try:
@@ -151,9 +182,9 @@ class CheckedSession(ABC):
                 raise SessionClosed("the session is closed", self._where, "Open a new one with open_session")
             checked = self._check(feeds)
             if not self.capacity:
-                return self._run(checked)
+                return step(checked)
             length = self._admit(checked["ids"].shape[-1])
-            outputs = self._run(checked | {"last": self._last} if self._last is not None else checked)
+            outputs = step(checked | {"last": self._last} if self._last is not None else checked)
             self.position += length
             return outputs
         except MemoryError as error:

@@ -43,11 +43,13 @@ class FileSession(OnnxRuntimeSession):
 
     def __init__(self, session: Any, artifact: Artifact, limits: Limits, *, timing: bool = False) -> None:
         head = artifact.options.get("head")
-        self._fixed_feeds = {head["rows"]: np.array([0, limits.high["ids"]], np.int32)} if head else {}
+        self._head: dict[str, Any] = head or {}
+        self._rows = np.array([0, limits.high.get("ids", 0)], np.int32)
         self._caches: dict[str, Array] = {}
         super().__init__(session, artifact, limits, timing=timing)
         import onnxruntime
 
+        self.candidates = head["k"] if head else 0
         self.stand_in = f"ONNX Runtime {onnxruntime.__version__} on the file that the engine is built from"
 
     def _bind_states(self) -> None:
@@ -57,7 +59,20 @@ class FileSession(OnnxRuntimeSession):
             super()._bind_states()
 
     def _binding(self, feeds: dict[str, Array]) -> Any:
-        return super()._binding({**feeds, **self._fixed_feeds})
+        return super()._binding({**feeds, self._head["rows"]: self._rows} if self._head else feeds)
+
+    def _run_top(self, feeds: dict[str, Array], first: int, end: int) -> tuple[Array, Array]:
+        self._rows[:] = first, end
+        try:
+            binding = self._binding(feeds)
+            for name in ("values", "ids"):
+                binding.bind_output(self._head[name])
+            with translated(self._where, loading=False):
+                self._session.run_with_iobinding(binding)
+        finally:
+            self._rows[:] = 0, self._vocabulary
+        values, ids = binding.get_outputs()[-2:]
+        return values.numpy()[0], ids.numpy()[0]
 
     def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:
         if not self._caches:

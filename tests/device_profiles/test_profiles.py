@@ -72,7 +72,7 @@ def test_known_values() -> None:
     orin = load_profile("jetson-orin")
     assert (orin.sm, orin.cuda_version, orin.tensorrt_version) == ("sm_87", "12.6", "10.3")
     assert orin.bandwidth_bytes_per_s == 204_800_000_000
-    assert orin.components["lm"][0] == "tensorrt/typed/fp16"
+    assert orin.components["lm"][:2] == ("tensorrt/fused/fp16", "tensorrt/typed/fp16")
     pi = load_profile("raspberry-pi-5")
     assert pi.isa is not None and "dotprod" in pi.isa and "i8mm" not in pi.isa
     assert pi.state("sm") == "not applicable"
