@@ -29,6 +29,8 @@ STANDARD = ("archive", "bundle", "errors", "files", "manifest", "manifest_json",
 SHARED = {"runtimes.bundle", "runtimes.errors", "runtimes.metrics"}
 # The command line also measures.
 BUILD_TOO = {"runtimes.parity", "runtimes.bench", "runtimes.report"}
+# Part of the device's own system (JetPack), in the version that its engines need.
+WITH_THE_DEVICE = {"tensorrt"}
 BACKENDS = ("onnx_", "onnxruntime_", "openvino_", "tensorrt_", "coreml_", "tvm_", "torch_")
 
 
@@ -163,10 +165,15 @@ def test_setup_requires_everything_that_is_imported() -> None:
     }
     required = {text.lower().replace("_", "-") for text in strings if isinstance(text, str)}
     # Extras need not be installed where the tests run, so their distributions are named here.
-    distributions = {**packages_distributions(), "mlperf_loadgen": ["mlcommons-loadgen"], "tvm": ["apache-tvm"]}
+    distributions = {
+        **packages_distributions(),
+        "mlperf_loadgen": ["mlcommons-loadgen"],
+        "tensorrt_rtx": ["tensorrt-rtx"],  # the distribution that brings the others
+        "tvm": ["apache-tvm"],
+    }
     missing = set()
     for item in (item for package in LAYERS for item in all_imports(package)):
-        if item.top not in sys.stdlib_module_names and item.top not in LAYERS:
+        if item.top not in sys.stdlib_module_names and item.top not in {*LAYERS, *WITH_THE_DEVICE}:
             names = {name.lower().replace("_", "-") for name in distributions.get(item.top, [item.top])}
             if not names & required:
                 missing.add(str(item))

@@ -135,7 +135,7 @@ def test_a_saved_torch_program_opens_from_a_bundle(tmp_path: Path) -> None:
 def test_an_unknown_backend_is_refused_by_name(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "bundle")
     artifact = replace(bundle.artifacts[0], backend="abacus")
-    with pytest.raises(BackendUnavailable, match=r"'abacus'.*Known: coreml, onnx, openvino, torch, tvm"):
+    with pytest.raises(BackendUnavailable, match=r"'abacus'.*Known: coreml, onnx, openvino, tensorrt, torch, tvm"):
         open_session(bundle, artifact)
 
 
