@@ -1,0 +1,44 @@
+// The plans of all ops by name: the one list that a new plan.h is added to.
+#pragma once
+
+#include <cstring>
+#include <map>
+#include <stdexcept>
+#include <string>
+
+#include "../linear/plan.h"
+#include "ops.h"
+
+namespace edge {
+
+/// A plan function behind a common type; its shape struct holds 32-bit numbers alone, so words are copied into it.
+template <auto Plan>
+struct Planned;
+
+template <class Shape, unsigned (*Plan)(const Shape&, EdgeLaunch*)>
+struct Planned<Plan> {
+    static constexpr size_t FIELDS = sizeof(Shape) / 4;
+    static unsigned plan(const void* words, EdgeLaunch* out) {
+        Shape shape;
+        std::memcpy(&shape, words, sizeof shape);
+        return Plan(shape, out);
+    }
+};
+
+inline Planner planner(const std::string& name, size_t fields) {
+    struct Row {
+        Planner plan;
+        size_t fields;
+    };
+#define EDGE_PLAN_ROW(name) {#name, {Planned<edge_plan_##name>::plan, Planned<edge_plan_##name>::FIELDS}}
+    static const std::map<std::string, Row> rows = {
+        EDGE_PLAN_ROW(linear),
+    };
+#undef EDGE_PLAN_ROW
+    const auto found = rows.find(name);
+    if (found == rows.end()) throw std::logic_error("ops.txt: there is no plan " + name);
+    if (found->second.fields != fields) throw std::logic_error("ops.txt: plan " + name + " has other fields");
+    return found->second.plan;
+}
+
+}  // namespace edge
