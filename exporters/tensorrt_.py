@@ -150,11 +150,11 @@ def _compile(
     A file whose nodes are our kernels is only parsed, through their bodies: TensorRT-RTX takes no plugins.
     """
     if not tensorrt_rtx.installed():
-        options["compiled"] = {"status": "pending-device", "why": f"{tensorrt_rtx.PACKAGE} is not installed here"}
+        options["compiled"] = {"status": "pending-device", "compiler": f"{tensorrt_rtx.PACKAGE}, which is not here"}
         return []
     built = tensorrt_rtx.compile_file(path, profile.sm or "", options["ranges"], engine=not options["plugins"])
     if not built.engine:
-        options["compiled"] = {"status": "proxy", "compiler": built.compiler, "why": "parsed through its functions"}
+        options["compiled"] = {"status": "parsed", "compiler": built.compiler}
         return []
     options["compiled"] = {
         "status": "built" if generation.name == RTX_GENERATION and built.own else "proxy",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import onnx_ir as ir
 
@@ -19,10 +20,12 @@ PATTERNS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "attention": ("TRT_Attention", ()),
 }
 MHA = "mha"
+#: Nodes that are named where a pattern was not fused.
+NAMED = 3
 
 
-def patterns(model: ir.Model, layers: Iterable[Layer]) -> dict[str, str]:
-    """Pattern that the graph has -> "16 of 17 fused; apart: ..." with the first nodes that were not."""
+def patterns(model: ir.Model, layers: Iterable[Layer]) -> dict[str, dict[str, Any]]:
+    """Pattern that the graph has -> {"fused": how many, "of": how many, "apart": names of the first that are not}."""
     layers_of: dict[str, list[Layer]] = defaultdict(list)
     for layer in layers:
         for name in layer.nodes:
@@ -31,12 +34,9 @@ def patterns(model: ir.Model, layers: Iterable[Layer]) -> dict[str, str]:
     verdicts = {}
     for pattern, (center, partners) in PATTERNS.items():
         nodes = [node for node in model.graph if node.op_type == center and _has_partner(node, partners)]
-        if not nodes:
-            continue
         apart = [node.name or "" for node in nodes if not _fused(layers_of[node.name or ""], kinds, partners)]
-        verdicts[pattern] = f"{len(nodes) - len(apart)} of {len(nodes)} fused"
-        if apart:
-            verdicts[pattern] += f"; apart: {', '.join(apart[:3])}{', ...' if len(apart) > 3 else ''}"
+        if nodes:
+            verdicts[pattern] = {"fused": len(nodes) - len(apart), "of": len(nodes), "apart": apart[:NAMED]}
     return verdicts
 
 

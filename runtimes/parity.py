@@ -23,7 +23,7 @@ from runtimes.golden import GoldenError, load_lm
 from runtimes.host import environment
 from runtimes.identity import stand_in
 from runtimes.output import check_writable
-from runtimes.report import REPORT_JSON, Report, Result, print_report, read_report, write_report
+from runtimes.report import REPORT_JSON, Report, Result, Status, print_report, read_report, write_report
 from runtimes.session import BackendUnavailable, open_session
 
 
@@ -53,6 +53,14 @@ class Selection:
 
 
 ALL = Selection()
+#: The gate of a compiler on the build machine, and what its own word for the outcome is as a status.
+COMPILED = "compiled"
+_COMPILED: Mapping[str, Status] = {
+    "built": "passed",
+    "proxy": "proxy",
+    "parsed": "proxy",
+    "pending-device": "pending-device",
+}
 
 
 def check(bundle: Bundle, selection: Selection = ALL) -> list[Result]:
@@ -63,6 +71,7 @@ def check(bundle: Bundle, selection: Selection = ALL) -> list[Result]:
         raise Fault("no artifact matches", str(bundle.folder), f"This bundle holds: {held}")
     placed = selection.placed(bundle)
     rows = [row for artifact in chosen for row in check_artifact(bundle, artifact, placed)]
+    rows += [row for artifact in chosen for row in check_compiled(artifact)]
     for artifact in chosen:
         if artifact.component == "lm" and artifact.preferred:
             rows += [*check_inheritance(bundle, artifact), *check_loss(bundle, artifact)]
@@ -120,6 +129,32 @@ def check_inheritance(bundle: Bundle, artifact: Artifact) -> list[Result]:
     where = f"{identical} of {total} tensors identical" + (f"; differing: {mismatches}" if mismatches else "")
     limit = Limit(float(max(total, 1)), "every quantised tensor, at least one")
     return [judge(artifact, INHERITANCE, "identical", float(identical), limit, where, None)]
+
+
+def check_compiled(artifact: Artifact) -> list[Result]:
+    """What the build machine's compiler made of an artifact that a device builds its engine from: parsed or not, how
+    many layers, and what of each pattern is in one layer. No rows for other artifacts."""
+    found = artifact.options.get("compiled")
+    if found is None:
+        return []
+
+    def row(metric: str, value: float | None, where: str) -> Result:
+        status: Status = _COMPILED[found["status"]]
+        names = artifact.component, artifact.backend, artifact.form, artifact.mode
+        return Result(*names, COMPILED, metric, value, None, "", status, where)
+
+    by = found["compiler"]
+    if "layers" not in found:
+        return [row("parsed", 1.0 if found["status"] == "parsed" else None, f"by {by}")]
+    by = f"{by} for {found['capability']}"
+    if found["status"] == "proxy":
+        by += f", which stands in for {artifact.options['sm']}"
+    rows = [row("layers", float(found["layers"]), by)]
+    for pattern, counts in found["patterns"].items():
+        apart = f"; apart: {', '.join(counts['apart'])}" if counts["apart"] else ""
+        where = f"{counts['fused']} of {counts['of']} by {by}{apart}"
+        rows.append(row(f"fused/{pattern}", counts["fused"] / counts["of"], where))
+    return rows
 
 
 def _rows(
