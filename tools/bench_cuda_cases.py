@@ -7,7 +7,8 @@ v = 2^-23 that of a float32 operation (twice the unit roundoff, since tensor cor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +27,7 @@ class Expected:
     """What an output must be: within ``limit`` of ``value``, element by element; no limit: the same.
 
     A worst case is far from what errors that do not know of each other add up to, so their root mean square has a limit
-    of its own, as a share of the values': that of one rounding to float16 at its worst.
+    of its own, as a share of the values': one rounding to float16 at its worst, two where a norm has rounded x before.
     """
 
     value: Array
@@ -89,12 +90,39 @@ def relative_error(got: Array, value: Array) -> float:
 # --- quantised weights ----------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Weight:
-    """codes, scales and zeros as the kernels take them, and the float64 matrix [N, K] that they stand for."""
+    """codes, scales and zeros as the kernels take them, and what they stand for: (code - zero) * scale, [N, K]."""
 
     codes: Array
     scales: Array
     zeros: Array
-    dense: Array
+    values: Array  # of the codes, less their zeros, [N, K]
+    block: int
+
+    def dense(self, rows: slice = slice(None)) -> Array:
+        """Rows of the matrix in float64."""
+        scales = np.repeat(self.scales[rows].astype(np.float64), self.block, axis=1)[:, : self.values.shape[1]]
+        return self.values[rows] * scales
+
+    def product(self, x: Array, *, is_normed: bool, rounds_weight: bool) -> tuple[Array, Array]:
+        """x W^T in float64, and how far a kernel's sums may be off.
+
+        Each of the K products is exact in float32, its scale and the K additions round by v each; the norm rounds x
+        twice to float16 (u each) after a handful of float32 steps; the kernel of many rows rounds the weight (u).
+        """
+        parts = [_product(x, self.dense(slice(n, n + 4096)), is_normed, rounds_weight)
+                 for n in range(0, len(self.values), 4096)]  # fmt: skip
+        value, limit = (np.concatenate(part, -1) for part in zip(*parts, strict=True))
+        return value, limit
+
+
+def _product(x: Array, dense: Array, is_normed: bool, rounds_weight: bool) -> tuple[Array, Array]:
+    magnitudes = np.abs(x) @ np.abs(dense).T
+    limit = (x.shape[-1] + 16) * SINGLE * magnitudes
+    if is_normed:
+        limit += 2.01 * HALF * magnitudes + TINY * np.abs(dense).sum(1)
+    if rounds_weight:
+        limit += 1.01 * HALF * magnitudes + TINY * np.abs(x).sum(-1, keepdims=True)
+    return x @ dense.T, limit
 
 
 def pack(values: Array, bits: int) -> Array:
@@ -115,9 +143,8 @@ def random_weight(
     if symmetric:
         zeros[:] = 2 ** (bits - 1)
     scales = (random.uniform(0.2, 3, (rows, blocks)) / np.sqrt(columns) / 2**bits).astype(scale_type)
-    spread = [np.repeat(part.astype(np.float64), block, axis=1)[:, :columns] for part in (zeros, scales)]
-    dense = (codes[:, :columns].astype(np.float64) - spread[0]) * spread[1]
-    return Weight(pack(codes, bits), scales, pack(zeros, bits), dense)
+    values = codes[:, :columns].astype(np.int16) - np.repeat(zeros, block, axis=1)[:, :columns]
+    return Weight(pack(codes, bits), scales, pack(zeros, bits), values, block)
 
 
 def half(random: np.random.Generator, *shape: int, size: float = 1.0) -> Array:
@@ -129,21 +156,6 @@ def normed(x: Array, norm: Array, eps: float) -> Array:
     """RMS norm in float64."""
     wide = x.astype(np.float64)
     return wide / np.sqrt(np.mean(wide**2, -1, keepdims=True) + eps) * norm.astype(np.float64)
-
-
-def product_limit(x: Array, dense: Array, *, is_normed: bool, rounds_weight: bool) -> Array:
-    """How far sums of products may be off.
-
-    Each of the K products is exact in float32, its scale and the K additions round by v each; the norm rounds x twice
-    to float16 (u each) after a handful of float32 steps; the tensor-core path of many rows rounds the weight (u).
-    """
-    magnitudes = np.abs(x) @ np.abs(dense).T
-    limit = (x.shape[-1] + 16) * SINGLE * magnitudes
-    if is_normed:
-        limit += 2.01 * HALF * magnitudes + TINY * np.abs(dense).sum(1)
-    if rounds_weight:
-        limit += 1.01 * HALF * magnitudes + TINY * np.abs(x).sum(-1, keepdims=True)
-    return limit
 
 
 def linear(
@@ -159,8 +171,9 @@ def linear(
     residual, y = half(random, M, outputs), np.full((M, outputs), np.nan, np.float16)
 
     wide = normed(x, norm, eps) if is_normed else x.astype(np.float64)
-    value = wide @ weight.dense.T + bias
-    limit = product_limit(wide, weight.dense, is_normed=is_normed, rounds_weight=M > 4) + SINGLE * np.abs(value)
+    value, limit = weight.product(wide, is_normed=is_normed, rounds_weight=M > 4)
+    value = value + bias
+    limit = limit + SINGLE * np.abs(value)
     if op == "linear_residual":
         value = value + residual
     if swiglu:
@@ -177,7 +190,7 @@ def linear(
         f"{kind} M={M} N={N} K={K}{' any' if any_kernel else ''}",
         ("linear", (OPS.index(op), bits, int(scales == np.float32), M, N, K, block, int(any_kernel))),
         tuple(arguments),
-        {position: Expected(value, limit)},
+        {position: Expected(value, limit, HALF * (1 + is_normed))},
         sum(a.nbytes for a in read) + y.nbytes,
         M * N * K,
         ("linear", (M, N, K)),
@@ -196,7 +209,7 @@ def _swiglu(sums: Array, limit: Array) -> tuple[Array, Array]:
 
 # --- the head -------------------------------------------------------------------------------------------------------
 def top_of(logits: Array, ids: Array, k: int) -> tuple[Array, Array]:
-    """The k largest of [.., n] in falling order, of equal ones the lower id first; -inf and -1 where there are no more."""
+    """The k largest of [.., n] in falling order, of equal ones the lower id first; then -inf with -1."""
     logits = np.pad(logits, [(0, 0)] * (logits.ndim - 1) + [(0, k)], constant_values=-np.inf)
     ids = np.pad(ids, [(0, 0)] * (ids.ndim - 1) + [(0, k)], constant_values=-1)
     order = np.lexsort((ids & 0x7FFFFFFF, -logits), axis=-1)[..., :k]
@@ -215,8 +228,8 @@ def head(
     x, norm, eps = half(random, B, K), half(random, K, size=0.5), 1e-6
     wide = normed(x, norm, eps)
     outside = (np.arange(V) < first) | (np.arange(V) >= end)
-    value = np.where(outside, -np.inf, wide @ weight.dense.T)
-    limit = product_limit(wide, weight.dense, is_normed=True, rounds_weight=False)
+    value, limit = weight.product(wide, is_normed=True, rounds_weight=False)
+    value = np.where(outside, -np.inf, value)
     tiles = -(-V // HEAD_TILE)
     logits = np.full((B, V), np.nan, np.float32) if with_logits else None
     tops = np.full((B, tiles, k), np.nan, np.float32), np.full((B, tiles, k), -2, np.int32)
@@ -226,9 +239,9 @@ def head(
     limits = np.pad(limit, ((0, 0), (0, tiles * HEAD_TILE - V))).reshape(B, tiles, HEAD_TILE)
     best = -np.sort(-padded, -1)[..., :k]
     # A sorted list moves by no more than its largest entry does.
-    outputs = {7: Expected(best, np.broadcast_to(limits.max(-1, keepdims=True), best.shape) + TINY)}
+    outputs = {7: Expected(best, np.broadcast_to(limits.max(-1, keepdims=True), best.shape) + TINY, 2 * HALF)}
     if with_logits:
-        outputs[6] = Expected(value, limit + TINY)
+        outputs[6] = Expected(value, limit + TINY, 2 * HALF)
     share = (end - first) / V
     read = sum(a.nbytes for a in (weight.codes, weight.scales, weight.zeros)) * share
     return Case(
@@ -284,3 +297,49 @@ def merge_top(B: int, tiles: int, k: int, *, missing: float = 0.1, levels: int =
         0,
         ("topk", (B, tiles, k)),
     )
+
+
+# --- what is timed --------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Entry:
+    """A case of the benchmark by its maker and sizes; ``tiny`` are sizes of the same kind that a CPU runs at once."""
+
+    make: Callable[..., Case]
+    sizes: tuple[int, ...]
+    tiny: tuple[int, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def full(self) -> Case:
+        return self.make(*self.sizes, **self.options)
+
+    def small(self) -> Case:
+        return self.make(*self.tiny, **self.options)
+
+
+def _linears() -> list[Entry]:
+    """Qwen3-0.6B's and -1.7B's linears for one token, some for four and for a prefill of 256."""
+    layers = {"norm_linear": (4096, 1024), "linear": (1024, 2048), "norm_linear_swiglu": (6144, 1024)}
+    wide = {"norm_linear": (4096, 2048), "norm_linear_swiglu": (12288, 2048), "linear_residual": (2048, 6144)}
+    entries = []
+    for shapes, rows in ((layers, 1), (wide, 1), (wide, 4), (wide, 256)):
+        for op, (N, K) in shapes.items():
+            sizes, tiny = (rows, N, K), (min(rows, 6), 48, 256)
+            entries.append(Entry(functools.partial(linear, op), sizes, tiny, {"block": 128}))
+            if rows == 1:
+                entries.append(Entry(functools.partial(linear, op), sizes, tiny, {"block": 32}))
+    down = functools.partial(linear, "linear_residual")
+    entries.append(Entry(down, (1, 1024, 3072), (1, 32, 192), {"block": 128}))
+    entries += [
+        Entry(down, (1, 2048, 6144), (1, 32, 192), {"bits": 8, "block": 6144, "scales": np.float32, "symmetric": True}),
+        Entry(down, (1, 896, 4864), (1, 24, 192), {"block": 64}),
+    ]
+    return entries
+
+
+BENCH: tuple[Entry, ...] = (
+    *_linears(),
+    Entry(head, (1, 151936, 1024), (1, 700, 128), {"k": 50, "block": 128}),
+    Entry(head, (1, 151936, 2048), (1, 700, 128), {"k": 1, "block": 128, "with_logits": False}),
+    Entry(functools.partial(head, first=300), (1, 16684, 1024), (1, 700, 128), {"k": 50}),
+    Entry(merge_top, (1, 594, 50), (1, 20, 5)),
+)

@@ -16,7 +16,7 @@ import numpy as np
 from exporters.cuda_kernels import SOURCES
 
 HOST = SOURCES / "common" / "host.cpp"
-FLAGS = ("-std=c++20", "-O2", "-g1", "-fPIC", "-shared", "-ffp-contract=off")
+FLAGS = ("-std=c++20", "-O1", "-g1", "-fPIC", "-shared", "-ffp-contract=off")
 WARNINGS = ("-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror")
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 

@@ -36,7 +36,7 @@ inline unsigned edge_plan_linear(const EdgeLinearShape& s, EdgeLaunch* out) {
     const bool gemv = s.M <= edge::GEMV_ROWS && gemv_shared <= (any ? EDGE_SHARED_DEFAULT : EDGE_SHARED_LARGEST);
     // More than one wave of blocks would normalise x anew for each: the grid strides instead.
     unsigned blocks = edge_parts(tiles, together);
-    const unsigned wave = unsigned(s.sms) * (16 / warps ? 16 / warps : 1);
+    const unsigned wave = unsigned(s.sms) * (any ? 3 : 16 / warps);
     if (blocks > wave) blocks = wave;
     if (!gemv) blocks = edge_parts(s.M, edge::GEMM_M) * edge_parts(s.N, edge::GEMM_N);
 
