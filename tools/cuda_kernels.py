@@ -16,7 +16,8 @@ import numpy as np
 from exporters.cuda_kernels import SOURCES
 
 HOST = SOURCES / "common" / "host.cpp"
-FLAGS = ("-std=c++20", "-O1", "-g1", "-fPIC", "-shared", "-ffp-contract=off")
+#: Without unique symbols, so that each library of kernels has a machine and a table of its own.
+FLAGS = ("-std=c++20", "-O1", "-g1", "-fPIC", "-shared", "-ffp-contract=off", "-fno-gnu-unique")
 WARNINGS = ("-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror")
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 
