@@ -4,6 +4,10 @@
 
 #include "run.h"
 
+#ifndef EDGE_BUILD
+#define EDGE_BUILD ""
+#endif
+
 namespace {
 
 using namespace edge;
@@ -58,6 +62,8 @@ std::string described(const EdgeTensor& tensor) {
 }  // namespace
 
 const char* edge_message(void) { return message.c_str(); }
+
+const char* edge_build(void) { return "edge-build:" EDGE_BUILD; }
 
 const char* edge_op(int i) {
     const char* name = nullptr;

@@ -39,6 +39,9 @@ struct EdgeAttribute {
 /// The last failure of this thread, "" if there was none.
 EDGE_API const char* edge_message(void);
 
+/// "edge-build:" and what this library was built of and for, if its builder said so (runtimes/tensorrt_plugins.py).
+EDGE_API const char* edge_build(void);
+
 /// The name of the i-th op, or null.
 EDGE_API const char* edge_op(int i);
 
@@ -57,4 +60,3 @@ EDGE_API int edge_plan(const char* op, const EdgeAttribute* attributes, int attr
 /// own, the input is copied into it first.
 EDGE_API int edge_run(const char* op, const EdgeAttribute* attributes, int attribute_count, const EdgeTensor* inputs,
                       int input_count, const EdgeTensor* outputs, int output_count, void* stream);
-

@@ -15,8 +15,18 @@ std::string type_name(int type) {
 }
 
 [[noreturn]] void refuse(const Op& op, const std::string& subject, const std::string& what) {
-    const char* kind = op.attribute(subject) >= 0 ? ", attribute " : op.input(subject) >= 0 ? ", input " : ", output ";
+    const char* kind = op.attribute(subject) >= 0 ? ", attribute " : op.input(subject) >= 0 ? ", input " : "";
     throw Refusal(op.name + kind + subject + ": " + what);
+}
+
+/// `body`'s result; what arithmetic refuses is refused with the op's name.
+template <class Body>
+auto named(const Op& op, const std::string& subject, const Body& body) {
+    try {
+        return body();
+    } catch (const Refusal& refusal) {
+        refuse(op, subject, refusal.what());
+    }
 }
 
 std::string shape_text(const Pattern& pattern) {
@@ -58,15 +68,10 @@ Scope<Integers> checked(const Op& op, const Attributes& attributes, const std::v
         for (int64_t& dim : dims.back())
             if (dim == -1) dim = Integers::UNKNOWN;
     }
-    Scope<Integers> scope(op, attributes, types, dims, algebra);
-    for (const Check& check : op.checks) {  // first, since sizes may divide by what they check
-        try {
-            if (scope(check.text) == 0) refuse(op, check.subject, check.text + " does not hold");
-        } catch (const Refusal& refusal) {
-            if (std::strncmp(refusal.what(), op.name.c_str(), op.name.size()) == 0) throw;
-            refuse(op, check.subject, check.text + ": " + refusal.what());
-        }
-    }
+    Scope<Integers> scope = named(op, "", [&] { return Scope<Integers>(op, attributes, types, dims, algebra); });
+    for (const Check& check : op.checks)  // first, since sizes may divide by what they check
+        if (named(op, check.subject, [&] { return scope(check.text); }) == 0)
+            refuse(op, check.subject, check.text + " does not hold");
     for (size_t i = 0; i < inputs.size(); ++i) {
         const std::vector<int64_t> wanted = scope.shape(op.inputs[i].shape);
         for (size_t d = 0; d < op.inputs[i].shape.dims.size(); ++d) {

@@ -6,6 +6,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "../attention/plan.h"
+#include "../head/plan.h"
 #include "../linear/plan.h"
 #include "ops.h"
 
@@ -32,7 +34,8 @@ inline Planner planner(const std::string& name, size_t fields) {
     };
 #define EDGE_PLAN_ROW(name) {#name, {Planned<edge_plan_##name>::plan, Planned<edge_plan_##name>::FIELDS}}
     static const std::map<std::string, Row> rows = {
-        EDGE_PLAN_ROW(linear),
+        EDGE_PLAN_ROW(attention), EDGE_PLAN_ROW(attention_merge), EDGE_PLAN_ROW(head), EDGE_PLAN_ROW(linear),
+        EDGE_PLAN_ROW(merge_top),
     };
 #undef EDGE_PLAN_ROW
     const auto found = rows.find(name);

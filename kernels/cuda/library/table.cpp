@@ -120,7 +120,7 @@ std::vector<Op> parsed() {
     std::istringstream lines(TEXT);
     for (std::string raw; std::getline(lines, raw);) {
         if (raw.empty() || raw[0] == '#') continue;
-        const std::string line = substituted(raw, macros);
+        const std::string line = raw.compare(0, 4, "let ") ? substituted(raw, macros) : raw;
         if (line.find(' ') == std::string::npos) {
             made.emplace_back();
             made.back().name = line;
