@@ -35,6 +35,7 @@ class CAttribute(ctypes.Structure):
 
 
 Spec = tuple[str, Sequence[int]]  # a type and a shape
+Argument = tuple[int, int]  # a tensor's number, inputs then outputs, or -1 and 32 bits
 Field = tuple[str, str, float]  # name, letter of the kind (ops.h), value
 
 
@@ -79,6 +80,14 @@ class Library:
         made, count = (Launch * 4)(), ctypes.c_int()
         self._check(self.c.edge_plan(*_given(op, attributes, inputs), sms, made, ctypes.byref(count)))
         return list(made[: count.value])
+
+    def arguments(self, op: str, attributes: Mapping[str, float], inputs: Sequence[Spec], sms: int) -> list[Argument]:
+        """Of the launch, in the kernel's order; ``attributes`` in the op's."""
+        tensors, bits = (ctypes.c_int * 32)(), (ctypes.c_int32 * 32)()
+        count = self.c.probe_arguments(*_given(op, attributes, inputs), sms, tensors, bits)
+        if count < 0:
+            raise Refused(REFUSED, self.c.probe_message().decode())
+        return list(zip(tensors[:count], bits[:count], strict=True))
 
     def run(self, op: str, attributes: Mapping[str, float], inputs: Sequence[Spec], outputs: Sequence[Spec]) -> None:
         given = (CTensor * len(outputs))(*map(_tensor, outputs))

@@ -79,7 +79,7 @@ def codebook(b: int, books: int, size: int, channels: int, *rest: int):
 LINEAR = ("EdgeLinear", "EdgeLinearResidual", "EdgeNormLinear", "EdgeNormLinearSwiglu")
 CASES = [
     *(linear(name, 1, 1, 64, 96, 4, 32) for name in LINEAR),
-    *(linear(name, 2, 7, 6, 100, 8, 16, "f32") for name in LINEAR),
+    *(linear(name, 2, 7, 6, 104, 8, 16, "f32") for name in LINEAR),
     linear("EdgeLinear", 4, 1, 3072, 1024, 8, 1024),  # one block a row
     linear("EdgeNormLinearSwiglu", 1, 130, 6144, 1024, 4, 128),
     head(1, 1000, 64, 4, 32, 8),
@@ -154,6 +154,7 @@ A = attention(1, 3, 4, 2, 64, 16, 4)
         (L, {"eps": nan}, "EdgeNormLinear, attribute eps: is not a finite number"),
         (L, {"eps": None}, "EdgeNormLinear, attribute eps: is missing"),
         (L, {"tiles": 1}, "EdgeNormLinear: has no attribute tiles"),
+        (linear("EdgeLinear", 1, 1, 8, 20, 4, 32), {}, "EdgeLinear, input x: K % 8 == 0 does not hold"),
         (L, {1: (63,)}, "EdgeNormLinear, input norm: dimension 0 is 63, must be K = 64"),
         (L, {2: (8, 9)}, "EdgeNormLinear, input codes: W == G * block * bits // 32 does not hold"),
         (L, {4: (8, 2)}, "EdgeNormLinear, input zeros: Z == ceil_div(G * bits, 32) does not hold"),

@@ -1,4 +1,4 @@
-// Attributes as fields, for tests: what a plugin is created from, and what an engine keeps.
+// What a plugin does with an op, for tests: attributes as fields, and the arguments of the kernel.
 #include <cstring>
 
 #include "library/ops.h"
@@ -55,5 +55,24 @@ EDGE_API int probe_store(const char* name, const double* given, int count, doubl
     } catch (const edge::Refusal& refusal) {
         message = refusal.what();
         return 1;
+    }
+}
+
+/// A launch's arguments: the tensor's number (inputs, then outputs) or -1 and a number's bits; returns how many, or -1.
+EDGE_API int probe_arguments(const char* name, const EdgeAttribute* attributes, int attribute_count, const EdgeTensor* inputs,
+                             int input_count, int sms, int* tensors, int32_t* bits) {
+    try {
+        const edge::Op& op = edge::find_op(name);
+        edge::Attributes values;
+        for (int i = 0; i < attribute_count; ++i) values.push_back(attributes[i].value);  // in the op's order
+        const edge::Work work = edge::plan_work(op, values, {inputs, inputs + input_count}, sms);
+        for (size_t i = 0; i < work.arguments.size(); ++i) {
+            tensors[i] = work.arguments[i].tensor;
+            bits[i] = work.arguments[i].bits;
+        }
+        return int(work.arguments.size());
+    } catch (const std::exception& fault) {
+        message = fault.what();
+        return -1;
     }
 }
