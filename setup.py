@@ -46,6 +46,16 @@ EXTRAS = {
     "tvm": ["apache-tvm", "apache-tvm-ffi"],
     "coreml": ["coremltools"],
     "tensorrt": ["tensorrt_rtx"],
+    # Compilers of our CUDA kernels, on the build machine: nvcc of CUDA 13, and NVRTC of CUDA 12 for JetPack 6.
+    "cuda": [
+        "nvidia-cuda-cccl",
+        "nvidia-cuda-crt",
+        "nvidia-cuda-nvcc",
+        "nvidia-cuda-nvrtc-cu12",
+        "nvidia-cuda-runtime",
+        "nvidia-cuda-runtime-cu12",
+        "nvidia-nvvm",
+    ],
     "loadgen": ["mlcommons_loadgen"],
     "sign": ["cryptography"],
     "dev": ["cryptography", "hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "scipy"],

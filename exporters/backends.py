@@ -32,7 +32,7 @@ EXPORTERS: Mapping[str, tuple[str, str, str]] = {
     "openvino": ("exporters.openvino_", "OpenVinoExporter", "openvino"),
     "tvm": ("exporters.tvm_", "TvmExporter", "tvm"),
     "coreml": ("exporters.coreml_", "CoreMlExporter", "coreml"),
-    "tensorrt": ("exporters.tensorrt_", "TensorRtExporter", "tensorrt"),
+    "tensorrt": ("exporters.tensorrt_", "TensorRtExporter", "tensorrt,cuda"),
 }
 
 
@@ -84,6 +84,9 @@ class Exporter(Protocol):
 
     def export(self, job: Job) -> tuple[Artifact, ...]:
         """Writes the files and describes them, one artifact per kind; `preferred` is left False."""
+
+    def finish(self, profile: Profile, artifacts: Sequence[Artifact], out: Path) -> None:
+        """Writes what the backend's artifacts of one bundle share, once all of them are there; most share nothing."""
 
     def read_matrices(self, folder: Path, artifact: Artifact, program: Program) -> Mapping[str, StoredMatrix]:
         """Prefix of the Program's constants -> the quantised matrix that stands in the artifact's own files.

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,7 @@ TOOLS = (
     "apache-tvm",
     "apache-tvm-ffi",
     "coremltools",
+    "tensorrt_rtx",
     "safetensors",
     "tokenizers",
     "numpy",
@@ -49,6 +50,15 @@ FLOOR_FACTOR = 10
 #: Share of positions that may differ where the floor's own share is smaller: the exact mode's.
 LEAST_FLIPS = 0.005
 
+#: Component and artifact -> what `python -m runtimes.finalize` writes beside the bundle's own files on the device.
+ENGINE_FILES = ("engines/{name}.engine", "engines/{name}.json", "engines/{name}.cache")
+SHARED_ENGINE_FILES = ("engines/timing.cache", "engines/libedge_plugins.so", "engines/libedge_plugins.json")
+
+FINALIZE = """
+Artifacts of TensorRT become engines on the device itself, in one step that checks the device, builds, proves and times:
+
+    python -m runtimes.finalize .
+"""
 USAGE = """# {name} {version} for {profile}
 
 This folder runs with the runtime of edge-export alone (its extras {extras}; PyTorch is not needed):
@@ -71,8 +81,9 @@ def build_key(student_sha256: Iterable[str], profile: Profile, options: Mapping[
     """A hash over everything that decides the result: the packages, the profile, the options, the tools, this code."""
     root = Path(__file__).parent.parent
     code = hashlib.sha256()
-    for folder in ("exporters", "runtimes", "device_profiles"):
-        for path in sorted((root / folder).rglob("*.py")):
+    sources = {"exporters": "*.py", "runtimes": "*.py", "device_profiles": "*.py", "kernels": "*"}
+    for folder, pattern in sources.items():
+        for path in sorted(path for path in (root / folder).rglob(pattern) if path.is_file()):
             code.update(f"{path.relative_to(root).as_posix()}\0".encode())
             code.update(path.read_bytes())
     parts = {
@@ -85,7 +96,7 @@ def build_key(student_sha256: Iterable[str], profile: Profile, options: Mapping[
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def write_contents(student: Student, profile: Profile, backends: Iterable[str], folder: Path) -> str | None:
+def write_contents(student: Student, profile: Profile, backends: Collection[str], folder: Path) -> str | None:
     """Copies tokenizer and cards, writes the usage page and the bill of materials; returns the tokenizer's path."""
     tokenizer = None
     if student.tokenizer is not None:
@@ -103,12 +114,26 @@ def write_contents(student: Student, profile: Profile, backends: Iterable[str], 
             version=student.version,
             profile=profile.title,
             outputs=outputs,
-            extras=", ".join(f"`{backend}`" for backend in backends),
-        ),
+            extras=", ".join(f"`{backend}`" for backend in backends if backend != "tensorrt" or _rtx(profile)),
+        )
+        + (FINALIZE if "tensorrt" in backends else ""),
         "utf-8",
     )
     (folder / "bom.json").write_text(json.dumps(_bill(student), indent=1, sort_keys=True) + "\n", "utf-8")
     return tokenizer
+
+
+def _rtx(profile: Profile) -> bool:
+    """Whether the device's TensorRT is a Python package; otherwise it is part of the device's own system."""
+    return (profile.tensorrt_version or "").startswith("TensorRT-RTX")
+
+
+def mutable_files(artifacts: Iterable[Artifact]) -> list[str]:
+    """Paths that may come or change after the build: the reports, and what a device makes of TensorRT's artifacts."""
+    files = list(MUTABLE)
+    names = [f"{a.component}.{a.form}.{a.mode}" for a in artifacts if a.backend == "tensorrt"]
+    files += [pattern.format(name=name) for name in names for pattern in ENGINE_FILES]
+    return files + list(SHARED_ENGINE_FILES if names else ())
 
 
 def _bill(student: Student) -> dict[str, Any]:
@@ -201,7 +226,7 @@ def manifest(
     key: str,
     capacity: int,
     tokenizer: str | None,
-    artifacts: Iterable[Artifact],
+    artifacts: Collection[Artifact],
     golden: Mapping[str, str],
     limits: list[dict[str, Any]],
     inheritance: Inheritance,
@@ -232,7 +257,7 @@ def manifest(
             {"component": "student", "license": student.license},
             {"component": "edge-export", "license": "Apache-2.0"},
         ],
-        "mutable": list(MUTABLE),
+        "mutable": mutable_files(artifacts),
     }
 
 

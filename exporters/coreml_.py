@@ -87,6 +87,9 @@ class CoreMlExporter:
         written = (_write(job, form, mode) for form, mode in job.kinds)
         return tuple(replace(artifact, files=artifact.files + guides) for artifact in written)
 
+    def finish(self, profile: Profile, artifacts: Sequence[Artifact], out: Path) -> None:
+        """Nothing is shared."""
+
     def read_matrices(self, folder: Path, artifact: Artifact, program: Program) -> Mapping[str, StoredMatrix]:
         """See Exporter."""
         return package.read_matrices((folder / artifact.model).parent, program.inherited)

@@ -14,7 +14,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from exporters.errors import ExportError
@@ -48,17 +48,22 @@ def ops() -> dict[str, Path]:
     return {path.parent.name: path for path in sorted(SOURCES.glob("*/*.cuh")) if path.stem == path.parent.name}
 
 
-def compile_ptx(sm: str, cuda_version: str) -> bytes:
-    """PTX of all ops for ``sm`` ("sm_87"), loadable by a driver of CUDA ``cuda_version`` ("12.6") or newer.
+def compile_ptx(sm: str, cuda_version: str, names: Collection[str] | None = None, only: Collection[str] = ()) -> bytes:
+    """PTX for ``sm`` ("sm_87"), loadable by a driver of CUDA ``cuda_version`` ("12.6") or newer.
 
     PTX is forward compatible only: CUDA 12.x asks for NVRTC 12.6 (PTX ISA 8.5), CUDA 13 and newer for nvcc 13.0.
+
+    Args:
+        names: the ops that are wanted, None for all.
+        only: weight formats and kinds that are wanted of them (kernels/cuda/common/select.h), empty for all.
 
     Raises:
         CompilerMissing: with the compiler's name and where it comes from.
         KernelsRefused: the compiler's own message.
     """
-    source = "".join(f'#include "{path.relative_to(SOURCES).as_posix()}"\n' for path in ops().values())
-    return compile_source(source, sm, cuda_version)
+    selected = [f"#define EDGE_{token} 1\n" for token in sorted({"ONLY", *only})] if only else []
+    headers = [path.relative_to(SOURCES).as_posix() for name, path in ops().items() if names is None or name in names]
+    return compile_source("".join([*selected, *(f'#include "{header}"\n' for header in headers)]), sm, cuda_version)
 
 
 def compile_source(source: str, sm: str, cuda_version: str) -> bytes:

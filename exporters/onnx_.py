@@ -95,6 +95,9 @@ class OnnxExporter:
                 written.append(_artifact(program, form, mode, model, path, weights.path, out))
         return tuple(written)
 
+    def finish(self, profile: Profile, artifacts: Sequence[Artifact], out: Path) -> None:
+        """Nothing is shared."""
+
     def read_matrices(self, folder: Path, artifact: Artifact, program: Program) -> Mapping[str, StoredMatrix]:
         """See Exporter."""
         return onnx_weights.read_matrices(folder / artifact.model, program.inherited)

@@ -86,6 +86,9 @@ class OpenVinoExporter:
             artifacts.append(_artifact(job, (form, mode), written[stem], quantised))
         return tuple(artifacts)
 
+    def finish(self, profile: Profile, artifacts: Sequence[Artifact], out: Path) -> None:
+        """Nothing is shared."""
+
     def read_matrices(self, folder: Path, artifact: Artifact, program: Program) -> Mapping[str, StoredMatrix]:
         """See Exporter."""
         return read_matrices(folder / artifact.model)

@@ -143,6 +143,10 @@ def export(planned: Planned, folder: Path, progress: Progress) -> tuple[Artifact
             )
             written |= {artifact.label: artifact for artifact in load_exporter(backend).export(job)}
         artifacts += [replace(written[entry.label], preferred=entry is made[0]) for entry in made]
+    for backend in dict.fromkeys(artifact.backend for artifact in artifacts):
+        progress(f"finish {backend}", 0)
+        own = [artifact for artifact in artifacts if artifact.backend == backend]
+        load_exporter(backend).finish(planned.profile, own, folder)
     return tuple(artifacts)
 
 

@@ -36,6 +36,7 @@ from exporters.program import Program
 from exporters.tensorrt_functions import plugins
 from exporters.tensorrt_generations import RTX_GENERATION, Generation, generation_of
 from exporters.tensorrt_int8 import plan_int8
+from exporters.tensorrt_kernels import variants, write_kernels
 from exporters.tensorrt_layers import patterns
 from exporters.tensorrt_weights import read_matrices
 from exporters.traffic import stored_precision
@@ -93,13 +94,17 @@ class TensorRtExporter:
                 weights.adopt(model)
                 path = folder / f"{program.entry}.{'.'.join(kind)}.onnx"
                 ir.save(model, path)
-                options = _options(program, job.profile, generation, list(plugins(model))) | int8
+                options = _options(program, job.profile, generation, model) | int8
                 files = [path, weights.path, *_compile(path, model, job.profile, generation, options)]
                 relative = [file.relative_to(job.out).as_posix() for file in files]
                 operators = Counter(node.op_type for node in model.graph)
                 precision = _precision(job.program, kind)
                 written.append(new_artifact(program, self.name, kind, relative, precision, operators, options=options))
         return tuple(written)
+
+    def finish(self, profile: Profile, artifacts: Sequence[Artifact], out: Path) -> None:
+        """Writes the kernels' PTX and the plugins' sources, where an artifact calls our kernels."""
+        write_kernels(profile, artifacts, out)
 
     def read_matrices(self, folder: Path, artifact: Artifact, program: Program) -> Mapping[str, StoredMatrix]:
         """See Exporter."""
@@ -173,7 +178,8 @@ def _compile(
     return [layers, engine]
 
 
-def _options(program: Program, profile: Profile, generation: Generation, needed: list[str]) -> dict[str, Any]:
+def _options(program: Program, profile: Profile, generation: Generation, model: ir.Model) -> dict[str, Any]:
+    needed = list(plugins(model))
     states = "delta" if generation.target == "decomposed" and not needed else "aliased"
     head = {"rows": ROWS, "values": VALUES, "ids": IDS, "k": CANDIDATES}
     return {
@@ -181,6 +187,7 @@ def _options(program: Program, profile: Profile, generation: Generation, needed:
         "generation": generation.name,
         "sm": profile.sm,
         "plugins": needed,
+        **({"kernels": variants(model)} if needed else {}),
         "ranges": _ranges(program),
         **({"states": states} if program.states else {}),
     }

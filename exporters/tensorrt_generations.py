@@ -25,7 +25,7 @@ class Generation:
         opset, ir_version: of the ONNX file.
         group_norm: the parser takes GroupNormalization-21.
         int8_blocks: it dequantises INT8 in blocks, not only per tensor and per channel.
-        plugins: it takes plugins, ours among them.
+        plugins: it takes plugins, ours among them; ahead_of_time: as PTX without a C++ library.
     """
 
     name: str
@@ -36,15 +36,22 @@ class Generation:
     group_norm: bool
     int8_blocks: bool
     plugins: bool
+    ahead_of_time: bool
 
 
 # Newest first. TRT_KVCacheUpdate and TRT_Attention are nodes of TensorRT 11's parser and of RTX 1.7's; GroupNorm of
 # opset 21 came with 10.9 and INT4 with 10.0 (NVIDIA/TensorRT, CHANGELOG.md). What RTX takes was tried with 1.7.1.116.
 GENERATIONS = (
-    Generation(RTX_GENERATION, None, "native", 24, 11, group_norm=True, int8_blocks=True, plugins=False),
-    Generation("11", (11, 0), "native", 24, 11, group_norm=True, int8_blocks=True, plugins=True),
-    Generation("10.9", (10, 9), "decomposed", 21, 10, group_norm=True, int8_blocks=False, plugins=True),
-    Generation("10.3", (10, 3), "decomposed", 21, 10, group_norm=False, int8_blocks=False, plugins=True),
+    Generation(
+        RTX_GENERATION, None, "native", 24, 11, group_norm=True, int8_blocks=True, plugins=False, ahead_of_time=False
+    ),
+    Generation("11", (11, 0), "native", 24, 11, group_norm=True, int8_blocks=True, plugins=True, ahead_of_time=True),
+    Generation(
+        "10.9", (10, 9), "decomposed", 21, 10, group_norm=True, int8_blocks=False, plugins=True, ahead_of_time=True
+    ),
+    Generation(
+        "10.3", (10, 3), "decomposed", 21, 10, group_norm=False, int8_blocks=False, plugins=True, ahead_of_time=False
+    ),
 )
 
 

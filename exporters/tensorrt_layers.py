@@ -18,7 +18,7 @@ PATTERNS: Mapping[str, tuple[str, tuple[str, ...], int]] = {
     "norm and SiLU": ("Sigmoid", ("GroupNormalization", "InstanceNormalization"), 4),
     "Snake": ("Sin", ("Mul", "Add"), 2),
     "attention": ("TRT_Attention", (), 0),
-    "attention spelled out": ("Softmax", ("MatMul",), 6),
+    "attention spelled out": ("Softmax", (), 0),
 }
 MHA = "mha"
 #: Nodes that are named where a pattern was not fused.

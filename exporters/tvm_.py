@@ -129,6 +129,9 @@ class TvmExporter:
         }
         return _artifact(program, kind, files, kernels, options)
 
+    def finish(self, profile: Profile, artifacts: Sequence[Artifact], out: Path) -> None:
+        """Nothing is shared."""
+
     def read_matrices(self, folder: Path, artifact: Artifact, program: Program) -> Mapping[str, StoredMatrix]:
         """See Exporter. A weight counts where a function of the library names it among its arguments."""
         library = (folder / artifact.model).read_bytes()

@@ -15,6 +15,7 @@ import tvm
 import tvm_ffi
 
 from exporters.errors import ExportError
+from exporters.kernel_cache import cache_folder
 from exporters.tvm_targets import CpuTarget
 
 ROOT = Path(__file__).parent.parent / "kernels"
@@ -45,7 +46,7 @@ def kernel_objects(target: CpuTarget) -> list[Path]:
         raise CompilerError(
             "holds no sources", where=str(ROOT), way_out="Build from a checkout of the project, which has them."
         )
-    folder = _cache() / _key(target)
+    folder = cache_folder() / _key(target)
     objects = [folder / f"{path.parent.name}-{path.stem}.o" for path in sources]
     if not all(path.exists() for path in objects):
         _compile(target, sources, objects, folder)
@@ -54,7 +55,7 @@ def kernel_objects(target: CpuTarget) -> list[Path]:
 
 def build_program(target: CpuTarget, path: Path) -> None:
     """Builds the program for a target. The device brings TVM's libraries, so that stubs of them do for the linker."""
-    kept = _cache() / _key(target) / path.name
+    kept = cache_folder() / _key(target) / path.name
     if not kept.exists():
         kept.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
@@ -110,17 +111,12 @@ def run_compiler(compiler: str, arguments: Sequence[str]) -> str:
     return done.stdout
 
 
-def _cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "edge-export" / "kernels"
-
-
 def _key(target: CpuTarget) -> str:
     """Changes with the sources, the flags, the compiler and TVM's headers."""
     digest = hashlib.sha256()
     parts = [*FLAGS, *target.variant.flags, run_compiler(target.compiler, ["--version"]), tvm.__version__]
     for text in (*parts, tvm_ffi.__version__):
         digest.update(text.encode() + b"\0")
-    for path in sorted((*ROOT.rglob("*.cpp"), *ROOT.rglob("*.h"))):
+    for path in sorted(path for part in ("cpu", "tvm") for path in (ROOT / part).rglob("*.[ch]*")):
         digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return f"{target.variant.name}-{digest.hexdigest()[:24]}"

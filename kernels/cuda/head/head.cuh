@@ -6,6 +6,7 @@
 // Rows of `rows` = {first, end} alone are read: a tile outside of them costs its outputs' bytes.
 #pragma once
 
+#include "../common/select.h"
 #include "../linear/gemv.cuh"
 #include "sizes.h"
 
@@ -105,8 +106,9 @@ __device__ __forceinline__ void head_runs(const Head<Scale>& op, unsigned char* 
     const Weight<Bits, Scale> weight(op.codes, op.scales, op.zeros, op.columns, op.block);
     const int pitch = (op.columns + 4 * RunCodes - 1) / (4 * RunCodes) * (4 * RunCodes);
     const int batch0 = int(blockIdx.y) * GEMV_ROWS, rows = min(op.batch - batch0, GEMV_ROWS);
-    Key* const lists = reinterpret_cast<Key*>(shared);  // HEAD_TILE keys; before, the norm's scratch
-    float* const logits = reinterpret_cast<float*>(shared + HEAD_TILE * sizeof(Key));  // [rows][HEAD_TILE]
+    float* const partial = reinterpret_cast<float*>(shared);
+    Key* const lists = reinterpret_cast<Key*>(shared);
+    float* const logits = reinterpret_cast<float*>(shared + head_scratch(rows));  // [rows][HEAD_TILE]
     __half* const x = reinterpret_cast<__half*>(logits + rows * HEAD_TILE);
 
     const int row0 = int(blockIdx.x) * HEAD_TILE, thread = int(threadIdx.y * 32 + threadIdx.x);
@@ -114,13 +116,12 @@ __device__ __forceinline__ void head_runs(const Head<Scale>& op, unsigned char* 
     for (int m = 0; m < rows; ++m) logits[m * HEAD_TILE + thread] = -infinity();
     if (first < end) {
         const auto prologue = [&] {
-            stage_x<Bits>(x, reinterpret_cast<float*>(lists), op.x + (long long)(batch0)*op.columns, op.norm, rows,
-                          op.columns, pitch, op.eps);
+            stage_x<Bits>(x, partial, op.x + (long long)(batch0)*op.columns, op.norm, rows, op.columns, pitch, op.eps);
         };
         const auto keep = [&](int m, int row, float sum) {
             if (row >= first && row < end) logits[m * HEAD_TILE + row - row0] = sum;
         };
-        gemv_tiles<Bits, RunCodes>(weight, x, nullptr, rows, first / TILE + int(threadIdx.y), HEAD_WARPS,
+        gemv_tiles<Bits, RunCodes>(weight, x, partial, rows, first / TILE + int(threadIdx.y), HEAD_WARPS,
                                    (end + TILE - 1) / TILE, PlainRows{op.vocabulary}, prologue,
                                    [&](int tile, int g, int m, float a, float b) {
                                        keep(m, tile * TILE + g, a);
@@ -198,10 +199,10 @@ __device__ __forceinline__ void merge_top(const float* values, const int* ids, f
     }                                                                                                                 \
     EDGE_ENTRY(edge_head_##format);
 
-EDGE_HEAD(4, __half, w4_f16)
-EDGE_HEAD(4, float, w4_f32)
-EDGE_HEAD(8, __half, w8_f16)
-EDGE_HEAD(8, float, w8_f32)
+EDGE_IF_w4_f16(EDGE_HEAD(4, __half, w4_f16))
+EDGE_IF_w4_f32(EDGE_HEAD(4, float, w4_f32))
+EDGE_IF_w8_f16(EDGE_HEAD(8, __half, w8_f16))
+EDGE_IF_w8_f32(EDGE_HEAD(8, float, w8_f32))
 
 /// values, ids [B, tiles, k], each tile's in falling order -> top_values, top_ids [B, k].
 EDGE_KERNEL(256)
