@@ -171,7 +171,8 @@ def linear(
     residual, y = half(random, M, outputs), np.full((M, outputs), np.nan, np.float16)
 
     wide = normed(x, norm, eps) if is_normed else x.astype(np.float64)
-    value, limit = weight.product(wide, is_normed=is_normed, rounds_weight=M > 4)
+    is_gemm = M > 4 or (any_kernel and bits == 4 and block == 16)  # the kernel that branches has no GEMV for these
+    value, limit = weight.product(wide, is_normed=is_normed, rounds_weight=is_gemm)
     value = value + bias
     limit = limit + SINGLE * np.abs(value)
     if op == "linear_residual":

@@ -12,7 +12,7 @@ struct EdgeHeadShape {
 
 /// One launch; 0 if no kernel takes the shape.
 inline unsigned edge_plan_head(const EdgeHeadShape& s, EdgeLaunch* out) {
-    if ((s.bits != 4 && s.bits != 8) || s.B < 1 || s.V < 1 || s.K < 1 || s.k < 1 || s.k > edge::HEAD_TOP) return 0;
+    if ((s.bits != 4 && s.bits != 8) || s.B < 1 || s.V < 1 || s.K < 1 || s.K % 8 || s.k < 1 || s.k > edge::HEAD_TOP) return 0;
     if (s.block < 16 || (s.block != 16 && s.block % 32) || (long long)(s.K) * s.block >= 1ll << 32) return 0;
     const int rows = s.B < edge::GEMV_ROWS ? s.B : edge::GEMV_ROWS;
     const unsigned shared = edge::head_shared(rows, s.K, s.bits, s.block);

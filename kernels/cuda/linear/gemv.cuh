@@ -82,7 +82,7 @@ struct GateUpRows {
 };
 
 /// All tiles first, first + stride, ... < end of this block's row of warps; emit(tile, g, m, a, b) gets the sums of the
-/// tile's rows g and g + 8 for row m of x, once, in one thread. All threads of the block call it.
+/// tile's rows g and g + 8 for row m of x, once, in one thread. All threads of the block call it, and all see what the prologue wrote.
 template <int Bits, int RunCodes, class Scale, class Rows, class Prologue, class Emit>
 __device__ __forceinline__ void gemv_tiles(const Weight<Bits, Scale>& weight, const __half* x, float* partial, int rows,
                                            int first, int stride, int end, const Rows& rows_of, Prologue prologue,
@@ -180,23 +180,22 @@ __device__ __forceinline__ void gemv_tiles(const Weight<Bits, Scale>& weight, co
 #pragma unroll
             for (int m = 0; m < 2; ++m) sum[r][m] += __shfl_xor_sync(ALL_LANES, sum[r][m], 1);
         const int warps = splits * int(blockDim.y);
-        float* const buffer = partial + parity * warps * rows * TILE + int(threadIdx.y) * splits * rows * TILE;
-        if (t % 2 == 0)
+        float* const buffer = partial + (parity * warps + int(threadIdx.y) * splits) * rows * TILE;
 #pragma unroll
-            for (int m = 0; m < 2; ++m) {
-                const int row = 2 * m + t / 2;
-                if (row >= rows) continue;
-                if (splits == 1) {
-                    if (tile < end) emit(tile, g, row, sum[0][m], sum[1][m]);
-                } else {
-                    buffer[(split * rows + row) * TILE + g] = sum[0][m];
-                    buffer[(split * rows + row) * TILE + g + 8] = sum[1][m];
-                }
+        for (int m = 0; m < 2; ++m) {
+            const int row = 2 * m + t / 2;
+            if (t % 2 == 0 && row < rows) {
+                buffer[(split * rows + row) * TILE + g] = sum[0][m];
+                buffer[(split * rows + row) * TILE + g + 8] = sum[1][m];
             }
-#pragma unroll
-        for (int r = 0; r < 2; ++r) sum[r][0] = sum[r][1] = 0;
-        if (splits == 1) return;
-        __syncthreads();  // one a tile: the next writes go to the other buffer
+            sum[0][m] = sum[1][m] = 0;
+        }
+        // One barrier a tile: the next writes go to the other buffer.
+        if (splits == 1) {
+            __syncwarp();
+        } else {
+            __syncthreads();
+        }
         const int output = int(threadIdx.x);
         if (output < 8 * rows && tile < end) {
             float a = 0, b = 0;
@@ -208,18 +207,17 @@ __device__ __forceinline__ void gemv_tiles(const Weight<Bits, Scale>& weight, co
         }
     };
 
+    // The first round only loads, and x is made ready behind it.
     open();
-#pragma unroll
-    for (int i = 0; i < DEPTH; ++i) load(stages[i]);
-    prologue();
     int step = 0, tile = first, parity = 0;
-    for (int done = 0; done < tiles * steps;) {
+    for (int round = 0, done = -DEPTH; done < tiles * steps; ++round) {
+        if (round == 1) prologue();
 #pragma unroll
         for (int i = 0; i < DEPTH; ++i, ++done) {
-            if (done >= tiles * steps) break;
-            if (tile < end) multiply(stages[i], step);
+            const bool due = round > 0 && done < tiles * steps;
+            if (due && tile < end) multiply(stages[i], step);
             load(stages[i]);
-            if (++step == steps) {
+            if (due && ++step == steps) {
                 finish(tile, parity);
                 step = 0;
                 tile += stride;

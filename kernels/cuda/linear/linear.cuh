@@ -5,7 +5,8 @@
 //   edge_<op>_w<bits>_<scales>_gemm   any M, tensor cores
 //   edge_<op>_w<bits>_<scales>_any    one of the two by M: for plugins whose kernel is chosen before M is known
 // Arguments, only those the op has: x, norm, codes, scales, zeros, bias, residual, y, M, N, K, block, eps. N counts the
-// weight's rows, for SwiGLU both halves. codes, x, norm are multiples of 16 bytes, K * block < 2^32.
+// weight's rows, for SwiGLU both halves. codes, x and norm start at multiples of 16 bytes; K is a multiple of 8; K * block
+// is less than 2^32.
 #pragma once
 
 #include "../common/select.h"
@@ -124,13 +125,15 @@ __device__ __forceinline__ void run_gemm(const Linear<Scale>& op) {
     gemm<Bits, E>(op, shared);
 }
 
-/// The launch gives 48 KiB to both; a GEMV whose x does not fit into them is left to the tensor cores.
+/// The launch gives 48 KiB to both. A GEMV whose x does not fit into them is done as a GEMM, and so are 4 bits in blocks
+/// of 16, whose GEMV is a body of its own.
 template <int Bits, Epilogue E, class Scale>
 __device__ __forceinline__ void run_any(const Linear<Scale>& op) {
     EDGE_DYNAMIC_SHARED(shared);
     const int warps = int(blockDim.x * blockDim.y) / 32;
-    if (op.rows <= GEMV_ROWS && gemv_shared(op.rows, op.columns, Bits, op.block, warps) <= ANY_SHARED) {
-        gemv<Bits, E>(op, shared);
+    const bool fits = gemv_shared(op.rows, op.columns, Bits, op.block, warps) <= ANY_SHARED;
+    if (op.rows <= GEMV_ROWS && fits && (Bits == 8 || op.block != 16)) {
+        gemv_runs<Bits, run_codes(Bits, 32), E>(op, shared);
     } else {
         gemm<Bits, E>(op, shared);
     }

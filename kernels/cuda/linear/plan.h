@@ -23,7 +23,7 @@ inline int edge_gemv_splits(int tiles, int K, int bits, int block, int sms, int 
 /// One launch; 0 if no kernel takes the shape.
 inline unsigned edge_plan_linear(const EdgeLinearShape& s, EdgeLaunch* out) {
     static const char* const OPS[] = {"linear", "linear_residual", "norm_linear", "norm_linear_swiglu"};
-    if (s.op < 0 || s.op > 3 || (s.bits != 4 && s.bits != 8) || s.M < 1 || s.N < 1 || s.K < 1 || s.sms < 1) return 0;
+    if (s.op < 0 || s.op > 3 || (s.bits != 4 && s.bits != 8) || s.M < 1 || s.N < 1 || s.K < 1 || s.K % 8 || s.sms < 1) return 0;
     if (s.block < 16 || (s.block != 16 && s.block % 32) || (long long)(s.K) * s.block >= 1ll << 32) return 0;
     const bool swiglu = s.op == 3;
     if (swiglu && s.N % 2) return 0;

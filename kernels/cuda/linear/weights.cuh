@@ -97,18 +97,9 @@ struct Unpack<8> {
     __device__ __forceinline__ static uint4 interleave(uint4 x) { return x; }
 };
 
-/// Eight halves of a row of x from `column` on, zeros past the row's end.
+/// Eight halves of a row of x from `column` on, zeros past the row's end; K is a multiple of 8.
 __device__ __forceinline__ uint4 load_x(const __half* row, int column, int columns) {
-    if (columns % 8 == 0) return column < columns ? load16(row + column) : make_uint4(0, 0, 0, 0);
-    unsigned words[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const int at = column + 2 * i;
-        const unsigned low = at < columns ? __half_as_ushort(row[at]) : 0u;
-        const unsigned high = at + 1 < columns ? __half_as_ushort(row[at + 1]) : 0u;
-        words[i] = low | high << 16;
-    }
-    return make_uint4(words[0], words[1], words[2], words[3]);
+    return column < columns ? load16(row + column) : make_uint4(0, 0, 0, 0);
 }
 
 __device__ __forceinline__ float sum_of_squares(uint4 x) {
