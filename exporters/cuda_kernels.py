@@ -55,14 +55,15 @@ def compile_ptx(sm: str, cuda_version: str, names: Collection[str] | None = None
 
     Args:
         names: the ops that are wanted, None for all.
-        only: weight formats and kinds that are wanted of them (kernels/cuda/common/select.h), empty for all.
+        only: flags of the entry points that are wanted of them (kernels/cuda/common/select.h), empty for all.
 
     Raises:
         CompilerMissing: with the compiler's name and where it comes from.
         KernelsRefused: the compiler's own message.
     """
     selected = [f"#define EDGE_{token} 1\n" for token in sorted({"ONLY", *only})] if only else []
-    headers = [path.relative_to(SOURCES).as_posix() for name, path in ops().items() if names is None or name in names]
+    held = ops()
+    headers = [held[name].relative_to(SOURCES).as_posix() for name in (held if names is None else names)]
     return compile_source("".join([*selected, *(f'#include "{header}"\n' for header in headers)]), sm, cuda_version)
 
 

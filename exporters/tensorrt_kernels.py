@@ -45,7 +45,8 @@ def variants(model: ir.Model) -> list[str]:
     for node in model.graph:
         if node.domain == EDGE and node.op_type in WEIGHTS_AT:
             scales = node.inputs[WEIGHTS_AT[node.op_type] + 1]
-            found.add(f"w{node.attributes['bits'].as_int()}_{'f16' if scales.dtype == ir.DataType.FLOAT16 else 'f32'}")
+            dtype = "f16" if scales.dtype == ir.DataType.FLOAT16 else "f32"
+            found.add(f"{KERNELS[node.op_type]}_w{node.attributes['bits'].as_int()}_{dtype}")
         elif node.domain == EDGE and node.op_type == "EdgeAttention":
             width = int(node.inputs[1].shape[3])
             found.add(f"d{next((each for each in WIDTHS if width <= each), WIDTHS[-1])}")

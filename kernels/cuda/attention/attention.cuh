@@ -12,6 +12,7 @@
 // All pointers are multiples of 16; an int8 cache has an even capacity. present is the memory of past.
 #pragma once
 
+#include "../common/select.h"
 #include "decode.cuh"
 #include "merge.cuh"
 #include "prefill.cuh"
@@ -72,16 +73,16 @@ __device__ __forceinline__ void run_any(const Attention<Element>& op) {
     }                                                                                                                 \
     EDGE_ENTRY(edge_attention_i8_d##width##_##kind);
 
-#define EDGE_ATTENTION(width)           \
-    EDGE_ATTENTION_F16(width, decode)   \
-    EDGE_ATTENTION_F16(width, prefill)  \
-    EDGE_ATTENTION_F16(width, any)      \
-    EDGE_ATTENTION_I8(width, decode)    \
-    EDGE_ATTENTION_I8(width, prefill)   \
-    EDGE_ATTENTION_I8(width, any)
-EDGE_ATTENTION(64)
-EDGE_ATTENTION(128)
-EDGE_ATTENTION(256)
+#define EDGE_ATTENTION(width)                                                                                         \
+    EDGE_ATTENTION_F16(width, decode)                                                                                 \
+    EDGE_ATTENTION_F16(width, prefill)                                                                                \
+    EDGE_IF(EDGE_any, EDGE_ATTENTION_F16(width, any))                                                                 \
+    EDGE_IF(EDGE_i8, EDGE_ATTENTION_I8(width, decode))                                                                \
+    EDGE_IF(EDGE_i8, EDGE_ATTENTION_I8(width, prefill))                                                               \
+    EDGE_IF(EDGE_i8, EDGE_IF(EDGE_any, EDGE_ATTENTION_I8(width, any)))
+EDGE_IF(EDGE_d64, EDGE_ATTENTION(64))
+EDGE_IF(EDGE_d128, EDGE_ATTENTION(128))
+EDGE_IF(EDGE_d256, EDGE_ATTENTION(256))
 
 EDGE_KERNEL(edge::MERGE_THREADS)
 void edge_attention_merge(const float* partial, __half* out, int tokens, int heads, int head_dim, int rows) {

@@ -199,10 +199,10 @@ __device__ __forceinline__ void merge_top(const float* values, const int* ids, f
     }                                                                                                                 \
     EDGE_ENTRY(edge_head_##format);
 
-EDGE_IF_w4_f16(EDGE_HEAD(4, __half, w4_f16))
-EDGE_IF_w4_f32(EDGE_HEAD(4, float, w4_f32))
-EDGE_IF_w8_f16(EDGE_HEAD(8, __half, w8_f16))
-EDGE_IF_w8_f32(EDGE_HEAD(8, float, w8_f32))
+EDGE_IF(EDGE_head_w4_f16, EDGE_HEAD(4, __half, w4_f16))
+EDGE_IF(EDGE_head_w4_f32, EDGE_HEAD(4, float, w4_f32))
+EDGE_IF(EDGE_head_w8_f16, EDGE_HEAD(8, __half, w8_f16))
+EDGE_IF(EDGE_head_w8_f32, EDGE_HEAD(8, float, w8_f32))
 
 /// values, ids [B, tiles, k], each tile's in falling order -> top_values, top_ids [B, k].
 EDGE_KERNEL(256)

@@ -180,14 +180,14 @@ __device__ __forceinline__ void run_any(const Linear<Scale>& op) {
     EDGE_NORM_LINEAR_AS(edge_norm_linear_swiglu_##format##_##kind, swiglu, kind, bits, Scale)
 
 #define EDGE_FORMATS(OP, kind)                                                                                        \
-    EDGE_IF_w4_f16(OP(kind, 4, __half, w4_f16))                                                                       \
-    EDGE_IF_w4_f32(OP(kind, 4, float, w4_f32))                                                                        \
-    EDGE_IF_w8_f16(OP(kind, 8, __half, w8_f16))                                                                       \
-    EDGE_IF_w8_f32(OP(kind, 8, float, w8_f32))
+    EDGE_IF(EDGE_linear_w4_f16, OP(kind, 4, __half, w4_f16))                                                          \
+    EDGE_IF(EDGE_linear_w4_f32, OP(kind, 4, float, w4_f32))                                                           \
+    EDGE_IF(EDGE_linear_w8_f16, OP(kind, 8, __half, w8_f16))                                                          \
+    EDGE_IF(EDGE_linear_w8_f32, OP(kind, 8, float, w8_f32))
 #define EDGE_KINDS(OP)                                                                                                \
     EDGE_FORMATS(OP, gemv)                                                                                            \
     EDGE_FORMATS(OP, gemm)                                                                                            \
-    EDGE_IF_any(EDGE_FORMATS(OP, any))
+    EDGE_IF(EDGE_any, EDGE_FORMATS(OP, any))
 
 EDGE_KINDS(EDGE_LINEAR)
 EDGE_KINDS(EDGE_LINEAR_RESIDUAL)
