@@ -90,9 +90,10 @@ struct DecodeWarp {
 
     __device__ __forceinline__ void load_query(const __half* shared) {
         query = shared + g * query_pitch(Width);
-        if constexpr (HOLDS_QUERY)
+        if constexpr (HOLDS_QUERY) {
 #pragma unroll
             for (int c = 0; c < K_CHUNKS; ++c) q[c] = load16(query + 8 * (t + 4 * c));
+        }
     }
     __device__ __forceinline__ uint4 query_chunk(int c) const {
         if constexpr (HOLDS_QUERY) return q[c];
