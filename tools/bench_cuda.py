@@ -28,7 +28,8 @@ from rich.table import Table
 
 from exporters import cuda_kernels
 from exporters.errors import ExportError
-from tools.bench_cuda_cases import BENCH, Case, relative_error
+from tools.bench_cuda_cases import Case, relative_error
+from tools.bench_cuda_table import BENCH
 from tools.bench_cuda_torch import COMPARISONS
 from tools.cuda_driver import CudaError, Module, NoCuda
 from tools.cuda_kernels import Launch, Plans, build_plans
@@ -102,7 +103,10 @@ class Bench:
 
     def on_device(self, case: Case) -> list[Any]:
         """The arguments, with arrays as tensors of the device."""
-        return [self.torch.from_numpy(a).cuda() if isinstance(a, np.ndarray) else a for a in case.arguments]
+        arguments = [self.torch.from_numpy(a).cuda() if isinstance(a, np.ndarray) else a for a in case.arguments]
+        for position, output in case.aliases.items():
+            arguments[position] = arguments[output]
+        return arguments
 
     def call(self, launches: Sequence[Launch], arguments: Sequence[Any]) -> None:
         stream = self.torch.cuda.current_stream().cuda_stream

@@ -189,6 +189,7 @@ def attention(
         read + qkv.nbytes + 4 * B * H * rows_out * (D + 2),
         2 * int(seen.sum()) * H * D,
         ("attention", (B, S, H, KV, D, C)),
+        aliases={1 + i: first_cache + i for i in range(len(past))},
         partial=len(inputs),
         joined=joined,
         log_sum=log_sum,

@@ -9,6 +9,7 @@ import pytest
 
 from exporters.cuda_kernels import ops
 from tools.bench_cuda_cases import Case
+from tools.bench_cuda_table import OP_OF
 from tools.cuda_kernels import SANITIZE, HostKernels, build_host
 
 ROOT = Path(__file__).parents[2]
@@ -30,12 +31,14 @@ def run_case(host_kernels) -> Callable[..., float]:
 
     def run(case: Case, *, op: str = "", sms: int = SMS) -> float:
         name, fields = case.plan
-        kernels = host_kernels(op or name)
+        kernels = host_kernels(op or OP_OF.get(name, name))
         launches = kernels(name, *fields, sms)
         assert launches, f"{case.name}: no plan"
         arguments = list(case.arguments)
         for position in case.outputs:
             arguments[position] = arguments[position].copy()
+        for position, output in case.aliases.items():
+            arguments[position] = arguments[output]
         for launch in launches:
             kernels.launch(launch, arguments)
         return case.check(arguments)

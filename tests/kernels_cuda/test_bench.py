@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from tests.kernels_cuda.conftest import ROOT
-from tools.bench_cuda_cases import BENCH, Entry
+from tools.bench_cuda_table import BENCH, OP_OF, Entry
 from tools.cuda_kernels import Plans, build_plans
 
 #: Multiprocessors of Orin Nano and AGX, Thor, 4090, H200, 5090.
@@ -41,8 +41,7 @@ def test_without_a_gpu_it_says_so_in_one_sentence() -> None:
 
 @pytest.mark.parametrize("entry", BENCH, ids=lambda entry: f"{entry.small().plan[0]}-{entry.sizes}")
 def test_small_case_on_the_cpu(run_case, entry: Entry) -> None:
-    case = entry.small()
-    run_case(case, op="head" if case.plan[0] == "merge_top" else "")
+    run_case(entry.small())
 
 
 def test_linear_plans(plans, host_kernels) -> None:
@@ -89,8 +88,9 @@ def test_shapes_that_no_kernel_takes(plans, name, shape) -> None:
 @pytest.mark.parametrize("entry", BENCH, ids=lambda entry: f"{entry.small().plan[0]}-{entry.sizes}")
 def test_full_case_has_launches(plans, host_kernels, entry: Entry) -> None:
     case = entry.full()
+    names = host_kernels(OP_OF.get(case.plan[0], case.plan[0])).names()
     for sms in DEVICES:
         launches = plans(case.plan[0], *case.plan[1], sms)
         assert launches
         for launch in launches:
-            check_launch(launch, host_kernels("head" if case.plan[0] == "merge_top" else case.plan[0]).names())
+            check_launch(launch, names)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -35,8 +37,7 @@ def run(host_kernels, case: Case) -> list:
 def test_head(host_kernels, shape, scales) -> None:
     B, V, K, first, end, k, bits, block = shape
     case = head(B, V, K, first=first, end=end, k=k, bits=bits, block=block, scales=scales)
-    logits, values, ids = run(host_kernels, case)[6:9]
-    check_top(logits, values, ids)
+    _, values, ids = run(host_kernels, case)[6:9]
     without = run(host_kernels, head(B, V, K, first=first, end=end, k=k, bits=bits, block=block, scales=scales,
                                      with_logits=False))  # fmt: skip
     np.testing.assert_array_equal(without[7], values)
@@ -64,7 +65,7 @@ def test_rows_outside_are_not_read(host_kernels) -> None:
     arguments = list(case.arguments)
     arguments[3] = arguments[3].copy()
     arguments[3][np.r_[0:256, 512:768]] = np.nan
-    changed = Case(case.name, case.plan, tuple(arguments), case.outputs, case.bytes, case.products)
+    changed = dataclasses.replace(case, arguments=tuple(arguments))
     for got, expected in zip(run(host_kernels, changed)[6:9], run(host_kernels, case)[6:9], strict=True):
         np.testing.assert_array_equal(got, expected)
 
