@@ -231,7 +231,8 @@ def ahead_of_time_ptx(kernels: Ptx, op: Op, kernel: str) -> str:
     """The PTX of an op's kernel, alone and with its parameters in TensorRT's order."""
     numbers = [f"({text})" for text in op.number_arguments]
     inputs, outputs = ([tensor.name for tensor in tensors] for tensors in (op.inputs, op.outputs))
-    return kernels.alone(kernel, [*op.tensor_arguments, *numbers], [*inputs, *numbers, *outputs])
+    tensors = [name for name in op.tensor_arguments if name != op.workspace]
+    return kernels.alone(kernel, [*tensors, *numbers], [*inputs, *numbers, *outputs])
 
 
 def _bits(value: float) -> int:

@@ -57,7 +57,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Op:
-    """One custom node; see ops.txt."""
+    """One custom node; see ops.txt. ``workspace`` is the name of a scratch buffer that launches in twos have."""
 
     name: str
     inputs: tuple[Tensor, ...]
@@ -66,6 +66,7 @@ class Op:
     tensor_arguments: tuple[str, ...]
     number_arguments: tuple[str, ...]
     launch: Launch | None
+    workspace: str | None = None
 
 
 def load_ops(path: Path) -> dict[str, Op]:
@@ -131,6 +132,7 @@ def _op(name: str, lines: Mapping[str, str]) -> Op:
         tuple(_split(tensors, ",")),
         tuple(_split(numbers, ",")),
         _launch(lines["aot"]) if "aot" in lines else None,
+        lines["work"].partition(":")[0] if "work" in lines else None,
     )
 
 

@@ -76,22 +76,31 @@ class Library:
         self._check(self.c.edge_outputs(*_given(op, attributes, inputs), made, ctypes.byref(count)))
         return [(TYPES[tensor.type], tuple(tensor.dims[: tensor.rank])) for tensor in made[: count.value]]
 
-    def plan(self, op: str, attributes: Mapping[str, float], inputs: Sequence[Spec], sms: int) -> list[Launch]:
+    def plan(
+        self, op: str, attributes: Mapping[str, float], inputs: Sequence[Spec], sms: int, workspace: bool = False
+    ) -> list[Launch]:
         made, count = (Launch * 4)(), ctypes.c_int()
-        self._check(self.c.edge_plan(*_given(op, attributes, inputs), sms, made, ctypes.byref(count)))
+        self._check(self.c.edge_plan(*_given(op, attributes, inputs), sms, workspace, made, ctypes.byref(count)))
         return list(made[: count.value])
 
-    def arguments(self, op: str, attributes: Mapping[str, float], inputs: Sequence[Spec], sms: int) -> list[Argument]:
+    def workspace(self, op: str, attributes: Mapping[str, float], inputs: Sequence[Spec]) -> int:
+        bytes_ = ctypes.c_uint64()
+        self._check(self.c.edge_workspace(*_given(op, attributes, inputs), ctypes.byref(bytes_)))
+        return bytes_.value
+
+    def arguments(
+        self, op: str, attributes: Mapping[str, float], inputs: Sequence[Spec], sms: int, workspace: bool = False
+    ) -> list[Argument]:
         """Of the launch, in the kernel's order; ``attributes`` in the op's."""
         tensors, bits = (ctypes.c_int * 32)(), (ctypes.c_int32 * 32)()
-        count = self.c.probe_arguments(*_given(op, attributes, inputs), sms, tensors, bits)
+        count = self.c.probe_arguments(*_given(op, attributes, inputs), sms, workspace, tensors, bits)
         if count < 0:
             raise Refused(REFUSED, self.c.probe_message().decode())
         return list(zip(tensors[:count], bits[:count], strict=True))
 
     def run(self, op: str, attributes: Mapping[str, float], inputs: Sequence[Spec], outputs: Sequence[Spec]) -> None:
         given = (CTensor * len(outputs))(*map(_tensor, outputs))
-        self._check(self.c.edge_run(*_given(op, attributes, inputs), given, len(outputs), None))
+        self._check(self.c.edge_run(*_given(op, attributes, inputs), given, len(outputs), None, None))
 
     def set_kernels(self, path: Path) -> None:
         self._check(self.c.edge_set_kernels(os.fsencode(path)))

@@ -19,6 +19,7 @@ from tests.kernels_cuda import test_plugin_ops as nodes
 from tests.kernels_cuda.plugin_library import TYPES, Library, Refused, Spec, build
 from tools import bench_cuda_cases as cases
 from tools import bench_cuda_cases_attention as attention_cases
+from tools import bench_cuda_cases_decoder as decoder_cases
 from tools.cuda_kernels import SOURCES, Plans, build_plans
 
 OPS = load_ops(SOURCES / "library" / "ops.txt")
@@ -58,6 +59,13 @@ def kernel_cases() -> list[tuple[str, dict[str, float], cases.Case]]:
         attributes = {"heads": 4, "kv_heads": 2, "window": 9, "splits": 3}
         found.append((f"EdgeAttention{'Int8' * int8}", attributes, case))
     found.append(("EdgeAttentionMerge", {"heads": 4}, attention_cases.attention_merge(2, 3, 4, 64, 8)))
+    found.append(("EdgeCodebook", {"size": 16}, decoder_cases.codebook(2, 3, 70, 40, 16)))
+    for activation in ("silu", "snake"):
+        case = decoder_cases.bias_activation(2, 6, 50, activation)
+        found.append(("EdgeBiasActivation", {"activation": 1 + (activation == "snake")}, case))
+    for workspace, size in ((False, 50), (True, 16384)):
+        case = decoder_cases.group_norm(1, 32, size, 4, workspace=workspace)
+        found.append(("EdgeGroupNormSilu", {"groups": 4, "silu": 1}, case))
     return found
 
 
@@ -66,7 +74,9 @@ def test_the_plugin_calls_the_kernel_as_its_tests_do(library, plans, name, integ
     op = OPS[name]
     arrays = [value for value in case.arguments if not isinstance(value, (int, float))]
     numbers = case.arguments[len(arrays) :]
-    by_name = dict(zip(op.tensor_arguments, arrays, strict=True))
+    workspace = case.plan[0] == "group_norm" and case.plan[1][-1] == 1
+    taken = [tensor for tensor in op.tensor_arguments if tensor != op.workspace or workspace]
+    by_name = dict(zip(taken, arrays, strict=True))
     floats = dict(zip(op.number_arguments, numbers, strict=True))
     attributes = {key: floats[key] if kind is float else integers[key] for key, kind in op.attributes.items()}
 
@@ -82,18 +92,20 @@ def test_the_plugin_calls_the_kernel_as_its_tests_do(library, plans, name, integ
         inputs.append((KINDS[array.dtype], shape))
 
     wanted = plans(case.plan[0], *case.plan[1], SMS)
-    assert [key(launch) for launch in library.plan(name, attributes, inputs, SMS)] == [key(launch) for launch in wanted]
-    names = [tensor.name for tensor in (*op.inputs, *op.outputs)]
-    expected = [(names.index(tensor), 0) for tensor in op.tensor_arguments]
+    found = library.plan(name, attributes, inputs, SMS, workspace)
+    assert [key(launch) for launch in found] == [key(launch) for launch in wanted]
+    assert len(found) == 1 + workspace
+    names = [tensor.name for tensor in (*op.inputs, *op.outputs)] + [op.workspace]
+    expected = [(names.index(tensor), 0) for tensor in taken]
     expected += [(-1, struct.unpack("i", struct.pack("f" if isinstance(n, float) else "i", n))[0]) for n in numbers]
-    assert library.arguments(name, attributes, inputs, SMS) == expected
+    assert library.arguments(name, attributes, inputs, SMS, workspace) == expected
+    size = by_name[op.workspace].nbytes if workspace else 4 * 256 if op.workspace else 0  # of the four groups
+    assert library.workspace(name, attributes, inputs) == size
 
 
 def test_shapes_that_no_kernel_takes_are_refused(library) -> None:
     name, attributes, inputs, _ = nodes.attention(1, 1, 4, 2, 36, 16, 1)  # a head of 36 is not a multiple of 8
-    with pytest.raises(
-        Refused, match=r"^EdgeAttention: no kernel takes 0 = 0, B = 1, S = 1, "
-    ):
+    with pytest.raises(Refused, match=r"^EdgeAttention: no kernel takes B = 1, S = 1, heads = 4, "):
         library.plan(name, attributes, inputs, SMS)
 
 
@@ -152,6 +164,17 @@ def shapes():
             args = (heads, kv, d, c, splits, int8)
             yield f"EdgeAttention{'Int8' * int8}", lambda b, s, args=args: nodes.attention(b, s, *args)
     yield "EdgeAttentionMerge", lambda b, s: nodes.merge(b, s, 4, 64, max(s, 8))
+    for args in [(1, 1024, 8), (8, 256, 130)]:
+        yield "EdgeCodebook", lambda b, s, args=args: nodes.codebook(b, *args, s, 3)
+    for name, attributes in [
+        ("EdgeGroupNormSilu", dict(groups=4, eps=1e-6, silu=1)),
+        ("EdgeBiasActivation", dict(activation=2)),
+    ]:
+        for channels in (8, 52):
+            yield (
+                name,
+                lambda b, s, args=(name, attributes, channels): nodes.decoder(args[0], args[1], b, args[2], s, 20),
+            )
 
 
 @pytest.mark.parametrize(
@@ -170,7 +193,7 @@ def test_ahead_of_time_launches_are_the_plans(library, plans, name, make, sms) -
         for i, pairs in enumerate(moving)
     ]
     types = [kind for kind, _ in known]
-    scope = bind(op, attributes, dims, types, algebra) | {"sms": sms}
+    scope = bind(op, attributes, dims, types, algebra) | {"sms": sms, "workspace": 0}
     sizes = [*op.launch.grid, *["1"] * (3 - len(op.launch.grid)), *op.launch.block, *["1"] * (3 - len(op.launch.block))]
     symbolic = [evaluate(text, scope, algebra) for text in (*sizes, op.launch.shared)]
     for b, s in [(1, 1), (2, 1), (4, 1), (5, 1), (1, 2), (1, 3), (1, 4), (1, 5), (1, 64), (1, 65), (3, 130), (1, 1024)]:
@@ -187,7 +210,8 @@ def _fields(op, name, attributes, inputs, sms) -> list[Any]:
     """The plan's name and fields for the kernel of every shape (kind 1), read from the table's line."""
     lines = (SOURCES / "library" / "ops.txt").read_text().split(f"\n{name}\n")[1].splitlines()
     plan, _, fields = next(line for line in lines if line.startswith("plan "))[5:].partition(":")
-    scope = bind(op, attributes, [shape for _, shape in inputs], [kind for kind, _ in inputs], Symbols()) | {"sms": sms}
+    scope = bind(op, attributes, [shape for _, shape in inputs], [kind for kind, _ in inputs], Symbols())
+    scope |= {"sms": sms, "workspace": 0}
     values = [evaluate(text.strip(), scope, Symbols()) for text in fields.split(",")]
     if plan in ("linear", "attention"):
         values[-2] = 1

@@ -86,19 +86,27 @@ int edge_outputs(const char* name, const EdgeAttribute* attributes, int attribut
     });
 }
 
+int edge_workspace(const char* name, const EdgeAttribute* attributes, int attribute_count, const EdgeTensor* inputs,
+                   int input_count, uint64_t* bytes) {
+    return guarded([&] {
+        const Op& op = find_op(name);
+        *bytes = workspace_bytes(op, attributes_of(op, attributes, attribute_count), {inputs, inputs + input_count});
+    });
+}
+
 int edge_plan(const char* name, const EdgeAttribute* attributes, int attribute_count, const EdgeTensor* inputs,
-              int input_count, int sms, EdgeLaunch* launches, int* launch_count) {
+              int input_count, int sms, int workspace, EdgeLaunch* launches, int* launch_count) {
     return guarded([&] {
         const Op& op = find_op(name);
         const Work work =
-            plan_work(op, attributes_of(op, attributes, attribute_count), {inputs, inputs + input_count}, sms);
+            plan_work(op, attributes_of(op, attributes, attribute_count), {inputs, inputs + input_count}, sms, workspace);
         std::copy(work.launches.begin(), work.launches.end(), launches);
         *launch_count = int(work.launches.size());
     });
 }
 
 int edge_run(const char* name, const EdgeAttribute* attributes, int attribute_count, const EdgeTensor* inputs,
-             int input_count, const EdgeTensor* outputs, int output_count, void* stream) {
+             int input_count, const EdgeTensor* outputs, int output_count, void* workspace, void* stream) {
     return guarded([&] {
         const Op& op = find_op(name);
         const Attributes values = attributes_of(op, attributes, attribute_count);
@@ -114,6 +122,7 @@ int edge_run(const char* name, const EdgeAttribute* attributes, int attribute_co
                 throw Refusal(op.name + ", output " + op.outputs[i].name + ": is " + described(outputs[i]) + ", must be " + described(wanted[i]));
             to.push_back(outputs[i].data);
         }
-        run(plan_work(op, values, given, multiprocessors()), from.data(), from.size(), to.data(), to.size(), stream);
+        run(plan_work(op, values, given, multiprocessors(), workspace), from.data(), from.size(), to.data(), to.size(),
+            workspace, stream);
     });
 }

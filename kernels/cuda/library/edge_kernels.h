@@ -52,11 +52,16 @@ EDGE_API int edge_set_kernels(const char* path);
 EDGE_API int edge_outputs(const char* op, const EdgeAttribute* attributes, int attribute_count, const EdgeTensor* inputs,
                           int input_count, EdgeTensor* outputs, int* output_count);
 
-/// The launches of an op on a device with `sms` multiprocessors, into `launches` (room for EDGE_MAX_LAUNCHES).
+/// Bytes of the scratch buffer that makes the op faster for these inputs, 0 where none does.
+EDGE_API int edge_workspace(const char* op, const EdgeAttribute* attributes, int attribute_count, const EdgeTensor* inputs,
+                            int input_count, uint64_t* bytes);
+
+/// The launches of an op on a device with `sms` multiprocessors, into `launches` (room for EDGE_MAX_LAUNCHES), with its
+/// workspace (1) or without.
 EDGE_API int edge_plan(const char* op, const EdgeAttribute* attributes, int attribute_count, const EdgeTensor* inputs,
-                       int input_count, int sms, EdgeLaunch* launches, int* launch_count);
+                       int input_count, int sms, int workspace, EdgeLaunch* launches, int* launch_count);
 
 /// Runs an op in `stream` (a CUstream) of the current context. Where an output is `like` an input and has memory of its
-/// own, the input is copied into it first.
+/// own, the input is copied into it first. `workspace`: of edge_workspace's bytes, or null.
 EDGE_API int edge_run(const char* op, const EdgeAttribute* attributes, int attribute_count, const EdgeTensor* inputs,
-                      int input_count, const EdgeTensor* outputs, int output_count, void* stream);
+                      int input_count, const EdgeTensor* outputs, int output_count, void* workspace, void* stream);

@@ -138,10 +138,17 @@ std::vector<EdgeTensor> outputs_of(const Op& op, const Attributes& attributes, c
     return outputs;
 }
 
-Work plan_work(const Op& op, const Attributes& attributes, const std::vector<EdgeTensor>& inputs, int sms) {
+uint64_t workspace_bytes(const Op& op, const Attributes& attributes, const std::vector<EdgeTensor>& inputs) {
+    if (op.workspace.empty()) return 0;
+    Integers algebra;
+    return uint64_t(checked(op, attributes, inputs, algebra)(op.workspace_bytes));
+}
+
+Work plan_work(const Op& op, const Attributes& attributes, const std::vector<EdgeTensor>& inputs, int sms, bool workspace) {
     Integers algebra;
     Scope<Integers> scope = checked(op, attributes, inputs, algebra);
     scope.set("sms", sms);
+    scope.set("workspace", workspace && !op.workspace.empty());
     if (!op.plan) throw std::logic_error("ops.txt: " + op.name + " has no plan");
 
     std::vector<int32_t> shape;
@@ -152,12 +159,17 @@ Work plan_work(const Op& op, const Attributes& attributes, const std::vector<Edg
     if (!count) {
         std::string text;
         for (size_t i = 0; i < shape.size(); ++i)
-            text += (i ? ", " : "") + op.plan_fields[i] + " = " + std::to_string(shape[i]);
+            if (!std::isdigit(static_cast<unsigned char>(op.plan_fields[i][0])))
+                text += (text.empty() ? "" : ", ") + op.plan_fields[i] + " = " + std::to_string(shape[i]);
         throw Refusal(op.name + ": no kernel takes " + text);
     }
     work.launches.resize(count);
 
     for (const std::string& name : op.tensor_arguments) {
+        if (name == op.workspace) {
+            if (count > 1) work.arguments.push_back({int(op.inputs.size() + op.outputs.size()), 0});
+            continue;
+        }
         const int input = op.input(name), output = op.output(name);
         if (input < 0 && output < 0) throw std::logic_error("ops.txt: " + op.name + " has no tensor " + name);
         work.arguments.push_back({input >= 0 ? input : int(op.inputs.size()) + output, 0});

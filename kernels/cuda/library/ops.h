@@ -50,6 +50,7 @@ struct Op {
     std::vector<Check> checks;
     Planner plan = nullptr;
     std::vector<std::string> plan_fields, tensor_arguments, number_arguments;
+    std::string workspace, workspace_bytes;  // name of the scratch buffer, "" for none, and its size
 
     int attribute(const std::string& name) const;  // its index, -1 if there is none
     int input(const std::string& name) const;
@@ -135,7 +136,7 @@ bool takes_type(const Op& op, int at, int type);
 /// Raises Refusal unless the op takes these inputs, as far as their dimensions are known; else the outputs.
 std::vector<EdgeTensor> outputs_of(const Op& op, const Attributes& attributes, const std::vector<EdgeTensor>& inputs);
 
-/// One argument of a kernel: the address of a tensor (inputs, then outputs), or a number's 32 bits.
+/// One argument of a kernel: the address of a tensor (inputs, outputs, the workspace), or a number's 32 bits.
 struct Argument {
     int tensor = -1;
     int32_t bits = 0;
@@ -152,8 +153,12 @@ struct Work {
     std::vector<Copy> copies;  // what an output that is like an input begins with, if its memory is another
 };
 
-/// Raises Refusal as outputs_of, and where no kernel takes the shape; all dimensions are known.
-Work plan_work(const Op& op, const Attributes& attributes, const std::vector<EdgeTensor>& inputs, int sms);
+/// Bytes of the scratch buffer that makes the op faster; 0: none does. All dimensions are known.
+uint64_t workspace_bytes(const Op& op, const Attributes& attributes, const std::vector<EdgeTensor>& inputs);
+
+/// Raises Refusal as outputs_of, and where no kernel takes the shape; all dimensions are known. `workspace`: the run has
+/// its scratch buffer.
+Work plan_work(const Op& op, const Attributes& attributes, const std::vector<EdgeTensor>& inputs, int sms, bool workspace);
 
 /// An attribute as TensorRT hands it over or keeps it. `kind` is the letter of its C type: b, h, i, l (8 to 64 bits),
 /// f, d (float, double), or something else, which no attribute is.

@@ -7,6 +7,9 @@
 #include <string>
 
 #include "../attention/plan.h"
+#include "../bias_activation/plan.h"
+#include "../codebook/plan.h"
+#include "../group_norm/plan.h"
 #include "../head/plan.h"
 #include "../linear/plan.h"
 #include "ops.h"
@@ -34,8 +37,9 @@ inline Planner planner(const std::string& name, size_t fields) {
     };
 #define EDGE_PLAN_ROW(name) {#name, {Planned<edge_plan_##name>::plan, Planned<edge_plan_##name>::FIELDS}}
     static const std::map<std::string, Row> rows = {
-        EDGE_PLAN_ROW(attention), EDGE_PLAN_ROW(attention_merge), EDGE_PLAN_ROW(head), EDGE_PLAN_ROW(linear),
-        EDGE_PLAN_ROW(merge_top),
+        EDGE_PLAN_ROW(attention), EDGE_PLAN_ROW(attention_merge), EDGE_PLAN_ROW(bias_activation),
+        EDGE_PLAN_ROW(codebook), EDGE_PLAN_ROW(group_norm), EDGE_PLAN_ROW(head),
+        EDGE_PLAN_ROW(linear), EDGE_PLAN_ROW(merge_top),
     };
 #undef EDGE_PLAN_ROW
     const auto found = rows.find(name);

@@ -1,6 +1,7 @@
 // Reads ops.txt. What is wrong in it is a fault of ours: std::logic_error, seen by the tests.
 #include <map>
 #include <sstream>
+#include <tuple>
 
 #include "ops.h"
 #include "plans.h"
@@ -98,6 +99,8 @@ void add_line(Op& op, const std::string& key, const std::string& text) {
         const auto [name, fields] = cut(text, ':');
         op.plan_fields = split(fields, ',');
         op.plan = planner(name, op.plan_fields.size());
+    } else if (key == "work") {
+        std::tie(op.workspace, op.workspace_bytes) = cut(text, ':');
     } else if (key == "args") {
         const auto [tensors, numbers] = cut(text, ';');
         op.tensor_arguments = split(tensors, ',');

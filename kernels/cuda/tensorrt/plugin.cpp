@@ -147,6 +147,17 @@ public:
             FAILED);
     }
 
+    size_t getWorkspaceSize(DynamicPluginTensorDesc const* inputs, int32_t count, DynamicPluginTensorDesc const*,
+                            int32_t) const noexcept override {
+        return guarded(
+            [&]() -> size_t {
+                std::vector<EdgeTensor> tensors;
+                for (int32_t i = 0; i < count; ++i) tensors.push_back(tensor_of(inputs[i].desc.type, inputs[i].max));
+                return edge::workspace_bytes(op_, attributes_, tensors);
+            },
+            size_t(0));
+    }
+
     char const* getTimingCacheID() noexcept override { return timing_id_.c_str(); }
 
     // Asked for only where PreviewFeature::kALIASED_PLUGIN_IO_10_03 is on.
@@ -158,18 +169,18 @@ public:
             [&] {
                 std::vector<EdgeTensor> tensors;
                 for (int32_t i = 0; i < count; ++i) tensors.push_back(tensor_of(inputs[i]));
-                work_ = edge::plan_work(op_, attributes_, tensors, edge::multiprocessors());
+                work_ = edge::plan_work(op_, attributes_, tensors, edge::multiprocessors(), true);
                 edge::prepare(work_);
                 return DONE;
             },
             FAILED);
     }
 
-    int32_t enqueue(PluginTensorDesc const*, PluginTensorDesc const*, void const* const* inputs, void* const* outputs, void*,
-                    cudaStream_t stream) noexcept override {
+    int32_t enqueue(PluginTensorDesc const*, PluginTensorDesc const*, void const* const* inputs, void* const* outputs,
+                    void* workspace, cudaStream_t stream) noexcept override {
         return guarded(
             [&] {
-                edge::run(work_, inputs, op_.inputs.size(), outputs, op_.outputs.size(), stream);
+                edge::run(work_, inputs, op_.inputs.size(), outputs, op_.outputs.size(), workspace, stream);
                 return DONE;
             },
             FAILED);

@@ -60,12 +60,12 @@ EDGE_API int probe_store(const char* name, const double* given, int count, doubl
 
 /// A launch's arguments: the tensor's number (inputs, then outputs) or -1 and a number's bits; returns how many, or -1.
 EDGE_API int probe_arguments(const char* name, const EdgeAttribute* attributes, int attribute_count, const EdgeTensor* inputs,
-                             int input_count, int sms, int* tensors, int32_t* bits) {
+                             int input_count, int sms, int workspace, int* tensors, int32_t* bits) {
     try {
         const edge::Op& op = edge::find_op(name);
         edge::Attributes values;
         for (int i = 0; i < attribute_count; ++i) values.push_back(attributes[i].value);  // in the op's order
-        const edge::Work work = edge::plan_work(op, values, {inputs, inputs + input_count}, sms);
+        const edge::Work work = edge::plan_work(op, values, {inputs, inputs + input_count}, sms, workspace);
         for (size_t i = 0; i < work.arguments.size(); ++i) {
             tensors[i] = work.arguments[i].tensor;
             bits[i] = work.arguments[i].bits;
