@@ -63,6 +63,12 @@ def _attentions() -> list[Entry]:
             ((1, 256, 16, 8, 128, 4096, [2047]), (1, 6, 4, 2, 32, 40, [25]), 1),
         ):
             entries.append(Entry(attention, sizes, tiny, {"int8": int8, "splits": splits}))
+    # Qwen2.5-0.5B's (14 heads, 2 key heads of 64); a long cache; one of which a window is visible.
+    entries += [
+        Entry(attention, (1, 1, 14, 2, 64, 4096, [2047]), (1, 1, 14, 2, 64, 40, [25]), {"splits": 16}),
+        Entry(attention, (1, 1, 16, 8, 128, 16384, [8191]), (1, 1, 4, 2, 32, 40, [25]), {"splits": 32}),
+        Entry(attention, (1, 1, 16, 8, 128, 16384, [8191]), (1, 1, 4, 2, 32, 40, [25]), {"splits": 16, "window": 1024}),
+    ]
     return [*entries, Entry(attention_merge, (1, 1, 16, 128, 16), (1, 1, 4, 32, 3))]
 
 
@@ -76,6 +82,7 @@ BENCH: tuple[Entry, ...] = (
     Entry(codebook, (1, 1, 1024, 256, 16384), (1, 1, 40, 24, 9)),
     Entry(codebook, (1, 16, 1500, 512, 2048), (2, 4, 33, 16, 5)),
     Entry(group_norm, (1, 128, 256 * 256, 32), (1, 8, 64, 4)),
+    Entry(group_norm, (1, 128, 256 * 256, 32), (1, 2, 8192, 1), {"workspace": True}),
     Entry(group_norm, (1, 512, 64 * 64, 32), (1, 8, 64, 4)),
     Entry(bias_activation, (1, 256, 256 * 256, "silu"), (1, 8, 64, "silu")),
     Entry(bias_activation, (1, 96, 480_000, "snake"), (1, 8, 64, "snake")),
