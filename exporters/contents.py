@@ -51,8 +51,8 @@ FLOOR_FACTOR = 10
 LEAST_FLIPS = 0.005
 
 #: Component and artifact -> what `python -m runtimes.finalize` writes beside the bundle's own files on the device.
-ENGINE_FILES = ("engines/{name}.engine", "engines/{name}.json", "engines/{name}.cache")
-SHARED_ENGINE_FILES = ("engines/timing.cache", "engines/libedge_plugins.so", "engines/libedge_plugins.json")
+ENGINE_FILES = ("engines/{name}.engine", "engines/{name}.json")
+SHARED_ENGINE_FILES = ("engines/timing.cache", "engines/libedge_plugins.so")
 
 FINALIZE = """
 Artifacts of TensorRT become engines on the device itself, in one step that checks the device, builds, proves and times:
