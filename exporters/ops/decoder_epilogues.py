@@ -18,4 +18,4 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: f
 @fused_op({})
 def bias_snake(x: Tensor, bias: Tensor) -> Tensor:
     """``snake(x + bias)`` with x [B, C, ...] and bias [C]: the bias of the convolution that made x."""
-    return snake.reference(x + bias.reshape(1, -1, *[1] * (x.dim() - 2)))
+    return snake(x + bias.reshape(1, -1, *[1] * (x.dim() - 2)))

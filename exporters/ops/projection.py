@@ -39,8 +39,8 @@ def projection(
         gated: the rows of W are gate then up; the result is [..., N/2].
     """
     if norm is not None:
-        x = rms_norm.reference(x, norm, eps)
-    y = quantized_linear.reference(x, codes, scales, zeros, bias, bits, columns)
+        x = rms_norm(x, norm, eps)
+    y = quantized_linear(x, codes, scales, zeros, bias, bits, columns)
     if gated:
-        y = swiglu.reference(y)
+        y = swiglu(y)
     return y if residual is None else y + residual
