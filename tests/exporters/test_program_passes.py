@@ -11,7 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from exporters import ops, passes
-from exporters.passes import cancel_layout, fold_rope, fuse_residual, fuse_swiglu, merge_equal, pack_qkv
+from exporters.passes import (
+    cancel_layout,
+    fold_rope,
+    fuse_epilogues,
+    fuse_projection,
+    fuse_residual,
+    fuse_swiglu,
+    merge_equal,
+    pack_qkv,
+)
 from exporters.program import capture
 from runtimes.bundle import TensorSpec
 
@@ -279,3 +288,191 @@ def test_fuse_swiglu_joins_the_halves() -> None:
 )
 def test_fuse_swiglu_keeps_other_products(gated: Callable[[Tensor], Tensor]) -> None:
     assert ops.swiglu.overload not in edited([fuse_swiglu], gated, random(1, 3, 8))
+
+
+# --- fuse_projection ------------------------------------------------------------------------------------------------
+
+WIDE = 64
+
+
+def quantised(name: str, rows: int, columns: int = WIDE) -> dict[str, Tensor]:
+    """Random codes, scales and zero points of a matrix with 4 bits and blocks of 32."""
+    generator = torch.Generator().manual_seed(rows + columns)
+    blocks = -(-columns // 32)
+    return {
+        f"{name}_codes": torch.randint(0, 256, (rows, blocks, 16), dtype=torch.uint8, generator=generator),
+        f"{name}_scales": torch.rand((rows, blocks), generator=generator) / 16,
+        f"{name}_zeros": torch.randint(0, 256, (rows, -(-blocks // 2)), dtype=torch.uint8, generator=generator),
+    }
+
+
+def multiply(x: Tensor, weights: dict[str, Tensor], name: str, bias: Tensor | None = None) -> Tensor:
+    parts = (weights[f"{name}_{part}"] for part in ("codes", "scales", "zeros"))
+    return ops.quantized_linear(x, *parts, bias, 4, WIDE)
+
+
+def projections(function: Callable[..., Any], *inputs: Tensor, **weights: Tensor) -> Counter[Any]:
+    """What stands around the projections of a function: which of norm, residual and gate each has, and all else."""
+    found: Counter[Any] = Counter()
+
+    def look(graph: torch.fx.Graph) -> None:
+        for node in graph.nodes:
+            if node.op == "call_function" and node.target is ops.projection.overload:
+                around = {"norm": node.args[1] is not None, "residual": node.args[6] is not None, "gate": node.args[-1]}
+                found[tuple(name for name, there in around.items() if there)] += 1
+
+    counts = edited([fuse_projection, look], function, *inputs, **weights)
+    del counts[ops.projection.overload]
+    return found + counts
+
+
+def test_fuse_projection_takes_norm_gate_and_residual() -> None:
+    """Half a layer: both projections of a gated MLP, and the sum in front of the next norm."""
+
+    def layer(x, residual, norm, **w):
+        normed, total = ops.add_rms_norm(multiply(x, w, "o"), residual, norm, 1e-5)
+        down = multiply(ops.swiglu(multiply(normed, w, "up")), w, "down")
+        return ops.add_rms_norm(total, down, norm, 1e-5)
+
+    weights = quantised("o", WIDE) | quantised("up", 2 * WIDE) | quantised("down", WIDE)
+    counts = projections(layer, random(1, 3, WIDE), random(1, 3, WIDE), norm=random(WIDE), **weights)
+    assert counts == {("residual",): 2, ("norm", "gate"): 1, ops.rms_norm.overload: 1}
+
+
+def test_fuse_projection_moves_a_slice_of_rows_in_front_of_the_norm() -> None:
+    def head(x, norm, **w):
+        return multiply(ops.rms_norm(x, norm, 1e-5)[:, -1:], w, "head")
+
+    counts = projections(head, random(1, 3, WIDE), norm=random(WIDE), **quantised("head", 7))
+    assert counts == {("norm",): 1, ATEN.slice.Tensor: 1}
+
+
+def test_fuse_projection_gives_one_norm_to_all_that_read_it() -> None:
+    def two(x, norm, **w):
+        normed = ops.rms_norm(x, norm, 1e-5)
+        return multiply(normed, w, "v"), multiply(normed, w, "w")
+
+    counts = projections(two, random(1, 3, WIDE), norm=random(WIDE), **quantised("v", 5), **quantised("w", 6))
+    assert counts == {("norm",): 2}
+
+
+def test_fuse_projection_keeps_a_bias() -> None:
+    def biased(x, norm, bias, **w):
+        return multiply(ops.rms_norm(x, norm, 1e-5), w, "w", bias)
+
+    counts = projections(biased, random(1, 3, WIDE), norm=random(WIDE), bias=random(6), **quantised("w", 6))
+    assert counts == {("norm",): 1}
+
+
+def norm_read_twice(x, norm, **w):
+    normed = ops.rms_norm(x, norm, 1e-5)
+    return multiply(normed, w, "w") + normed
+
+
+def norm_of_columns(x, norm, **w):
+    return multiply(torch.cat([ops.rms_norm(x, norm, 1e-5)[..., 2:], x[..., :2]], -1), w, "w")
+
+
+def gate_read_twice(x, norm, **w):
+    joined = multiply(x, w, "w")
+    return ops.swiglu(joined), joined
+
+
+def sum_read_twice(x, norm, **w):
+    y = multiply(x, w, "w")
+    return *ops.add_rms_norm(x, y, norm, 1e-5), y
+
+
+def gated_sum(x, norm, **w):
+    """The gate behind a sum is not the product's own."""
+    _, total = ops.add_rms_norm(x, multiply(x, w, "w"), norm, 1e-5)
+    return ops.swiglu(total)
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (norm_read_twice, {(): 1, ops.rms_norm.overload: 1, ATEN.add.Tensor: 1}),
+        (norm_of_columns, {(): 1, ops.rms_norm.overload: 1, ATEN.slice.Tensor: 2, ATEN.cat.default: 1}),
+        (gate_read_twice, {(): 1, ops.swiglu.overload: 1}),
+        (sum_read_twice, {(): 1, ops.rms_norm.overload: 1, ATEN.add.Tensor: 1}),
+        (gated_sum, {("residual",): 1, ops.swiglu.overload: 1}),
+    ],
+    ids=["a norm that others read", "columns of a norm", "a gate's input that others read", "a term that others read",
+         "a gate behind a sum"],
+)  # fmt: skip
+def test_fuse_projection_keeps_what_others_need(function: Callable[..., Any], expected: dict[Any, int]) -> None:
+    counts = projections(function, random(1, 3, WIDE), norm=random(WIDE), **quantised("w", WIDE))
+    assert counts == expected
+
+
+# --- fuse_epilogues -------------------------------------------------------------------------------------------------
+
+CHANNELS = 6
+
+
+def epilogues(function: Callable[..., Any], *shape: int, **weights: Tensor) -> Counter[Any]:
+    """How often each operator stands in the graph of a decoder's function afterwards; the function must be the same."""
+    x = random(*shape)
+    program = capture(
+        "image_decoder", Function(function, **weights), (x,), {}, (TensorSpec("y", "float32", ()),), ("x",)
+    )
+    expected = _flat(program.exported.module()(x))
+    passes.apply(program, [fuse_epilogues])
+    for got, wanted in zip(_flat(program.exported.module()(x)), expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=2e-6, atol=2e-6)
+    return Counter(node.target for node in program.exported.graph.nodes if node.op == "call_function")
+
+
+def normed(x, weight=None, bias=None):
+    return nn.functional.group_norm(x, 2, weight, bias, 1e-5)
+
+
+def test_fuse_epilogues_joins_norm_and_silu() -> None:
+    counts = epilogues(
+        lambda x, w, b: nn.functional.silu(normed(x, w, b)), 2, CHANNELS, 3, 4, w=random(CHANNELS), b=random(CHANNELS)
+    )
+    assert counts == {ops.group_norm_silu.overload: 1}
+
+
+@pytest.mark.parametrize("form", [nn.functional.conv1d, nn.functional.conv_transpose1d], ids=["conv", "transposed"])
+def test_fuse_epilogues_moves_the_bias_into_snake(form: Callable[..., Tensor]) -> None:
+    weights = {"w": random(CHANNELS, CHANNELS, 3), "b": random(CHANNELS)}
+    counts = epilogues(lambda x, w, b: ops.snake(form(x, w, b)), 2, CHANNELS, 9, **weights)
+    assert counts[ops.bias_snake.overload] == 1 and ops.snake.overload not in counts
+
+
+def test_fuse_epilogues_moves_the_bias_of_a_picture() -> None:
+    weights = {"w": random(CHANNELS, CHANNELS, 3, 3), "b": random(CHANNELS)}
+    counts = epilogues(lambda x, w, b: ops.snake(nn.functional.conv2d(x, w, b)), 1, CHANNELS, 5, 5, **weights)
+    assert counts == {ATEN.conv2d.default: 1, ops.bias_snake.overload: 1}
+
+
+def norm_and_more(x, w, b):
+    y = normed(x, w, b)
+    return nn.functional.silu(y) + y
+
+
+def conv_and_more(x, c, b):
+    y = nn.functional.conv1d(x, c, b)
+    return ops.snake(y) + y
+
+
+@pytest.mark.parametrize(
+    ("function", "kept"),
+    [
+        (lambda x, **w: nn.functional.silu(normed(x)), ATEN.group_norm.default),
+        (lambda x, **w: norm_and_more(x, w["w"], w["b"]), ATEN.group_norm.default),
+        (lambda x, **w: torch.relu(normed(x, w["w"], w["b"])), ATEN.group_norm.default),
+        (lambda x, **w: ops.snake(nn.functional.conv1d(x, w["c"])), ops.snake.overload),
+        (lambda x, **w: conv_and_more(x, w["c"], w["b"]), ops.snake.overload),
+        (lambda x, **w: ops.snake(torch.relu(nn.functional.conv1d(x, w["c"], w["b"]))), ops.snake.overload),
+    ],
+    ids=["a norm without weights", "a norm that others read", "another activation", "no bias",
+         "a convolution that others read", "something in between"],
+)  # fmt: skip
+def test_fuse_epilogues_keeps_what_others_need(function: Callable[..., Any], kept: Any) -> None:
+    weights = {"w": random(CHANNELS), "b": random(CHANNELS), "c": random(CHANNELS, CHANNELS, 3)}
+    counts = epilogues(function, 2, CHANNELS, 9, **weights)
+    assert counts[kept] == 1
+    assert not {ops.group_norm_silu.overload, ops.bias_snake.overload} & set(counts)
