@@ -16,7 +16,7 @@ EDGE_BOTH constexpr int head_scratch(int rows) {
 
 /// The scratch, logits, x.
 constexpr int head_shared(int rows, int columns, int bits, int block) {
-    return head_scratch(rows) + rows * HEAD_TILE * 4 + rows * padded_columns(columns, bits, block) * 2;
+    return head_scratch(rows) + rows * HEAD_TILE * 4 + staged_bytes(rows, columns, bits, block);
 }
 
 }  // namespace edge

@@ -37,8 +37,8 @@ struct Run<8> {
     __device__ __forceinline__ unsigned word(int i) const { return i == 0 ? v.x : v.y; }
 };
 
-/// Copies rows of x (M <= GEMV_ROWS) to shared memory in the order of the pairs, normalised if `norm` is not null.
-/// Padding is zero, so codes past the last column count nothing. Ends with a barrier.
+/// Copies rows of x (M <= GEMV_ROWS) to shared memory in the order of the pairs, normalised if `norm` is not null, and
+/// eight zeros behind them. Padding is zero, so codes past the last column count nothing. Ends with a barrier.
 template <int Bits>
 __device__ __forceinline__ void stage_x(__half* shared, float* scratch, const __half* x, const __half* norm, int rows,
                                         int columns, int pitch, float eps) {
@@ -53,6 +53,7 @@ __device__ __forceinline__ void stage_x(__half* shared, float* scratch, const __
         }
         __syncthreads();
     }
+    if (thread == 0) store16(shared + rows * pitch, make_uint4(0, 0, 0, 0));
     for (int m = 0; m < rows; ++m) {
         float factor = 0;
         if (norm) {
@@ -105,30 +106,30 @@ __device__ __forceinline__ void gemv_tiles(const Weight<Bits, Scale>& weight, co
     // Where the next loads go: the two rows' codes, zeros and scales of tile `load_tile`.
     int load_tile = first, load_step = 0;
     const unsigned char* codes[2];
-    int zeros[2], scales[2];
+    unsigned zeros[2], scales[2];  // unsigned: an address is then one multiply-add
     const auto open = [&] {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const int n = r ? rows_of.second(load_tile, g) : rows_of.first(load_tile, g);
             codes[r] = weight.row(n) + t * BYTES;
-            zeros[r] = n * weight.zero_words;
-            scales[r] = n * weight.blocks;
+            zeros[r] = unsigned(n * weight.zero_words);
+            scales[r] = unsigned(n * weight.blocks);
         }
     };
     const auto load = [&](Stage& stage) {
         const int column = (load_step * splits + split) * STEP;
         if (load_tile < end && column < columns) {
             const int mine = column + t * RunCodes, left = column + t % 2 * 2 * RunCodes;
-            const int zero_bit = weight.block_of(min(mine, columns - 1)) * Bits;
-            const int near = weight.block_of(min(left, columns - 1));
-            const int far = weight.block_of(min(left + RunCodes, columns - 1));
+            const unsigned zero_bit = unsigned(weight.block_of(min(mine, columns - 1)) * Bits);
+            const unsigned near = unsigned(weight.block_of(min(left, columns - 1)));
+            const unsigned far = unsigned(weight.block_of(min(left + RunCodes, columns - 1)));
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 stage.codes[r].clear();
-                if (mine < columns) stage.codes[r].load(codes[r] + column * Bits / 8);
-                stage.zero[r] = __ldg(weight.zeros + zeros[r] + zero_bit / 32) >> zero_bit % 32 & ((1u << Bits) - 1);
-                stage.scale[r][0] = __ldg(weight.scales + scales[r] + near);
-                stage.scale[r][1] = __ldg(weight.scales + scales[r] + far);
+                if (mine < columns) stage.codes[r].load(codes[r] + unsigned(column) * Bits / 8);
+                stage.zero[r] = __ldg(weight.zeros + (zeros[r] + zero_bit / 32)) >> zero_bit % 32 & ((1u << Bits) - 1);
+                stage.scale[r][0] = __ldg(weight.scales + (scales[r] + near));
+                stage.scale[r][1] = __ldg(weight.scales + (scales[r] + far));
             }
         }
         if (++load_step == steps) {
@@ -144,8 +145,16 @@ __device__ __forceinline__ void gemv_tiles(const Weight<Bits, Scale>& weight, co
         if (column >= columns) return;
         const Unpack<Bits> unpack[2] = {Unpack<Bits>(stage.zero[0]), Unpack<Bits>(stage.zero[1])};
         float d[2][4] = {};
-        const bool here = g % 4 == t;
-        const __half* const mine = x + g / 4 * pitch + column + t * RunCodes;
+        // This lane's x for each pair of rows, or over and over the eight zeros behind x: no branch, one address.
+        const __half* from[2];
+        int next[2];
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+            const int row = 2 * m + g / 4;
+            const bool here = g % 4 == t && row < rows;
+            from[m] = x + (here ? row * pitch + column + t * RunCodes : rows * pitch);
+            next[m] = here ? 2 * PAIRS : 0;
+        }
 #pragma unroll
         for (int w = 0; w < BYTES / 4; ++w) {
             __half2 pairs[2][PAIRS];
@@ -154,10 +163,7 @@ __device__ __forceinline__ void gemv_tiles(const Weight<Bits, Scale>& weight, co
 #pragma unroll
             for (int m = 0; m < 2; ++m) {
                 if (2 * m >= rows) break;
-                Pairs b{};
-                if (here && 2 * m + g / 4 < rows) {
-                    b = *reinterpret_cast<const Pairs*>(mine + 2 * m * pitch + w * 2 * PAIRS);
-                }
+                const Pairs b = *reinterpret_cast<const Pairs*>(from[m] + w * next[m]);
                 mma(d[m], {as_bits(pairs[0][0]), as_bits(pairs[1][0]), as_bits(pairs[0][1]), as_bits(pairs[1][1])}, b.x,
                     b.y);
                 if constexpr (PAIRS == 4) {

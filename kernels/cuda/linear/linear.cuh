@@ -55,7 +55,7 @@ __device__ __forceinline__ void gemv_runs(const Linear<Scale>& op, unsigned char
     const Weight<Bits, Scale> weight(op.codes, op.scales, op.zeros, op.columns, op.block);
     const int pitch = (op.columns + 4 * RunCodes - 1) / (4 * RunCodes) * (4 * RunCodes);
     __half* const x = reinterpret_cast<__half*>(shared);
-    float* const partial = reinterpret_cast<float*>(shared + op.rows * pitch * 2);
+    float* const partial = reinterpret_cast<float*>(shared + (op.rows * pitch + 8) * 2);
     const int first = int(blockIdx.x * blockDim.y + threadIdx.y), stride = int(gridDim.x * blockDim.y);
     const auto prologue = [&] { stage_x<Bits>(x, partial, op.x, op.norm, op.rows, op.columns, pitch, op.eps); };
     if constexpr (E == Epilogue::swiglu) {

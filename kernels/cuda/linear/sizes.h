@@ -27,9 +27,14 @@ EDGE_BOTH constexpr int padded_columns(int columns, int bits, int block) {
     return (columns + step - 1) / step * step;
 }
 
+/// Shared memory of a GEMV's x: its rows and eight zeros.
+EDGE_BOTH constexpr int staged_bytes(int rows, int columns, int bits, int block) {
+    return (rows * padded_columns(columns, bits, block) + 8) * 2;
+}
+
 /// Shared memory of a GEMV: x, and two buffers of partial sums of each warp.
 EDGE_BOTH constexpr int gemv_shared(int rows, int columns, int bits, int block, int warps) {
-    return rows * padded_columns(columns, bits, block) * 2 + 2 * warps * rows * TILE * 4;
+    return staged_bytes(rows, columns, bits, block) + 2 * warps * rows * TILE * 4;
 }
 
 }  // namespace edge
