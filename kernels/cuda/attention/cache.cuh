@@ -33,13 +33,40 @@ struct Attention {
         const int rows = max(tokens, splits);
         return partial + (((long long)(b)*heads + head) * rows + p) * (head_dim + 2);
     }
-    __device__ __forceinline__ float capped(float dot) const {
-        const float score = scale * dot;
-        return softcap > 0 ? softcap * tanhf(score / softcap) : score;
-    }
+    __device__ __forceinline__ float capped(float score) const { return softcap * tanhf(score / softcap); }
 };
 
 // --- eight elements of a row: a chunk -------------------------------------------------------------------------------
+/// 16 or 8 bytes that are read once, or zero if not `wanted`: predicated, since a branch for each load would part the
+/// lanes, and others' loads would have to wait.
+__device__ __forceinline__ uint4 load_once_if(bool wanted, const __half* p) {
+#ifdef __CUDA_ARCH__
+    uint4 v;
+    asm volatile(
+        "{\n.reg .pred wanted;\nsetp.ne.b32 wanted, %5, 0;\n"
+        "mov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\n"
+        "@wanted ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+        : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
+        : "l"(p), "r"(int(wanted)));
+    return v;
+#else
+    return wanted ? load_once(p) : make_uint4(0, 0, 0, 0);
+#endif
+}
+__device__ __forceinline__ uint2 load_once_if(bool wanted, const signed char* p) {
+#ifdef __CUDA_ARCH__
+    uint2 v;
+    asm volatile(
+        "{\n.reg .pred wanted;\nsetp.ne.b32 wanted, %3, 0;\nmov.b32 %0, 0;\nmov.b32 %1, 0;\n"
+        "@wanted ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];\n}"
+        : "=&r"(v.x), "=&r"(v.y)
+        : "l"(p), "r"(int(wanted)));
+    return v;
+#else
+    return wanted ? edge_cpu::load<uint2>(p) : make_uint2(0, 0);
+#endif
+}
+
 template <class Element>
 struct Chunk;
 
@@ -48,7 +75,6 @@ struct Chunk<__half> {
     uint4 v;
     __device__ __forceinline__ void clear() { v = make_uint4(0, 0, 0, 0); }
     __device__ __forceinline__ void load(const __half* p) { v = load16(p); }
-    __device__ __forceinline__ void load_once(const __half* p) { v = edge::load_once(p); }
     /// Elements 2 j and 2 j + 1 as halves.
     __device__ __forceinline__ unsigned word(int j) const { return j == 0 ? v.x : j == 1 ? v.y : j == 2 ? v.z : v.w; }
 };
@@ -59,7 +85,6 @@ struct Chunk<signed char> {
     uint2 v;
     __device__ __forceinline__ void clear() { v = make_uint2(0, 0); }
     __device__ __forceinline__ void load(const signed char* p) { v = *reinterpret_cast<const uint2*>(p); }
-    __device__ __forceinline__ void load_once(const signed char* p) { v = __ldg(reinterpret_cast<const uint2*>(p)); }
     __device__ __forceinline__ unsigned word(int j) const {
         const unsigned biased = (j < 2 ? v.x : v.y) ^ 0x80808080u;
         const unsigned pair = __byte_perm(biased, 0x64646464u, j % 2 ? 0x4342 : 0x4140);

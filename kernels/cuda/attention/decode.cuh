@@ -37,8 +37,6 @@ struct DecodeWarp {
 
     Chunk<Element> keys[TILES][K_CHUNKS], values[TILES][2][V_CHUNKS];
     float2 key_scales[TILES], value_scales[TILES];
-    static constexpr bool HOLDS_QUERY = Width <= 64;  // in registers; else they would be too many
-    uint4 q[HOLDS_QUERY ? K_CHUNKS : 1];
     const __half* query = nullptr;  // head g's row in shared memory
     float acc[4 * V_CHUNKS][4] = {};  // [64 c + 8 g + 2 j, + 1] of heads 2 t, 2 t + 1: acc[4 c + j][2 dim + head]
     float m = -infinity(), l = 0;     // of head g; l is this lane's part
@@ -64,8 +62,7 @@ struct DecodeWarp {
 #pragma unroll
             for (int c = 0; c < K_CHUNKS; ++c) {
                 const int element = 8 * (t + 4 * c);
-                keys[n][c].clear();
-                if (visible(slot) && element < op.head_dim) keys[n][c].load_once(row + element);
+                keys[n][c].v = load_once_if(visible(slot) && element < op.head_dim, row + element);
             }
             if constexpr (INT8) key_scales[n] = load_scales(op.key_scales, first + 8 * n + 2 * t);
         }
@@ -80,24 +77,11 @@ struct DecodeWarp {
 #pragma unroll
                 for (int c = 0; c < V_CHUNKS; ++c) {
                     const int element = 8 * (g + 8 * c);
-                    values[n][r][c].clear();
-                    if (visible(slot) && element < op.head_dim) values[n][r][c].load_once(row + element);
+                    values[n][r][c].v = load_once_if(visible(slot) && element < op.head_dim, row + element);
                 }
             }
             if constexpr (INT8) value_scales[n] = load_scales(op.value_scales, first + 8 * n + 2 * t);
         }
-    }
-
-    __device__ __forceinline__ void load_query(const __half* shared) {
-        query = shared + g * query_pitch(Width);
-        if constexpr (HOLDS_QUERY) {
-#pragma unroll
-            for (int c = 0; c < K_CHUNKS; ++c) q[c] = load16(query + 8 * (t + 4 * c));
-        }
-    }
-    __device__ __forceinline__ uint4 query_chunk(int c) const {
-        if constexpr (HOLDS_QUERY) return q[c];
-        return load16(query + 8 * (t + 4 * c));
     }
 
     /// The state after the new token alone, whose rows are in shared memory as the cache keeps them.
@@ -113,7 +97,8 @@ struct DecodeWarp {
             }
         dot += __shfl_xor_sync(ALL_LANES, dot, 1);
         dot += __shfl_xor_sync(ALL_LANES, dot, 2);
-        m = op.capped(dot * key_scale);
+        m = op.scale * dot * key_scale;
+        if (op.softcap > 0) m = op.capped(m);
         l = t == 0 ? 1.0f : 0.0f;
 #pragma unroll
         for (int c = 0; c < V_CHUNKS; ++c)
@@ -134,19 +119,26 @@ struct DecodeWarp {
             float d[4] = {};
 #pragma unroll
             for (int c = 0; c < K_CHUNKS; ++c) {
-                const uint4 x = query_chunk(c);
+                const uint4 x = load16(query + 8 * (t + 4 * c));
                 const unsigned left[4] = {x.x, 0, x.y, 0}, right[4] = {x.z, 0, x.w, 0};
                 mma(d, left, keys[n][c].word(0), keys[n][c].word(1));
                 mma(d, right, keys[n][c].word(2), keys[n][c].word(3));
             }
             if constexpr (INT8) d[0] *= key_scales[n].x, d[1] *= key_scales[n].y;
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-                p[n][e] = visible(first + 8 * n + 2 * t + e) ? op.capped(d[e]) : -infinity();
-                largest = fmaxf(largest, p[n][e]);
-            }
+            p[n][0] = op.scale * d[0], p[n][1] = op.scale * d[1];
         }
         load_keys(next);
+        if (op.softcap > 0) {
+#pragma unroll
+            for (int n = 0; n < TILES; ++n) p[n][0] = op.capped(p[n][0]), p[n][1] = op.capped(p[n][1]);
+        }
+#pragma unroll
+        for (int n = 0; n < TILES; ++n)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                if (!visible(first + 8 * n + 2 * t + e)) p[n][e] = -infinity();
+                largest = fmaxf(largest, p[n][e]);
+            }
         largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, 1));
         largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, 2));
         if (__any_sync(ALL_LANES, largest > m)) rescale(fmaxf(m, largest));
@@ -282,7 +274,7 @@ __device__ __forceinline__ void decode(const Attention<Element>& op, unsigned ch
         }
     }
     __syncthreads();
-    state.load_query(query);
+    state.query = query + state.g * query_pitch(Width);
     if (has_new) state.start(new_key, new_value, key_scale, value_scale);
     for (; step < end; step += ATTENTION_WARPS) state.step(slot_of(step), slot_of(step + ATTENTION_WARPS));
 

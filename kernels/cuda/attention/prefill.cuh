@@ -131,8 +131,9 @@ struct Prefill {
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
                     const int slot = begin + 8 * n + 2 * t + e % 2, r = e / 2;
-                    if constexpr (INT8) p[n][e] *= scales[8 * n + 2 * t + e % 2];
-                    p[n][e] = slot <= slot_of[r] && slot >= oldest[r] ? op.capped(p[n][e]) : -infinity();
+                    p[n][e] *= op.scale * (INT8 ? scales[8 * n + 2 * t + e % 2] : 1.0f);
+                    if (op.softcap > 0) p[n][e] = op.capped(p[n][e]);
+                    if (slot > slot_of[r] || slot < oldest[r]) p[n][e] = -infinity();
                     largest[r] = fmaxf(largest[r], p[n][e]);
                 }
             __syncthreads();  // the keys have been used
