@@ -88,7 +88,7 @@ template <int Bits, int RunCodes, class Scale, class Rows, class Prologue, class
 __device__ __forceinline__ void gemv_tiles(const Weight<Bits, Scale>& weight, const __half* x, float* partial, int rows,
                                            int first, int stride, int end, const Rows& rows_of, Prologue prologue,
                                            Emit emit) {
-    constexpr int DEPTH = 4, BYTES = RunCodes * Bits / 8, STEP = 4 * RunCodes, PAIRS = Unpack<Bits>::PAIRS;
+    constexpr int DEPTH = 3, BYTES = RunCodes * Bits / 8, STEP = 4 * RunCodes, PAIRS = Unpack<Bits>::PAIRS;
     using Pairs = typename Unpack<Bits>::Pairs;
     const int columns = weight.columns, pitch = (columns + STEP - 1) / STEP * STEP;
     const int g = int(lane()) / 4, t = int(lane()) % 4;
