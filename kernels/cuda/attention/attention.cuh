@@ -47,7 +47,7 @@ __device__ __forceinline__ void run_any(const Attention<Element>& op) {
 #define EDGE_ATTENTION_BOUNDS_prefill(width) edge::ATTENTION_THREADS, 2
 #define EDGE_ATTENTION_BOUNDS_any(width) edge::ATTENTION_THREADS, 2
 #define EDGE_ATTENTION_F16(width, kind)                                                                               \
-    EDGE_KERNEL(EDGE_ATTENTION_BOUNDS_##kind(width))                                                                      \
+    EDGE_KERNEL(EDGE_ATTENTION_BOUNDS_##kind(width))                                                                  \
     void edge_attention_f16_d##width##_##kind(                                                                        \
         const __half* qkv, const __half* past_key, const __half* past_value, const int* last, const float* cos,       \
         const float* sin, float* partial, __half* present_key, __half* present_value, int tokens, int heads,          \
@@ -59,7 +59,7 @@ __device__ __forceinline__ void run_any(const Attention<Element>& op) {
     EDGE_ENTRY(edge_attention_f16_d##width##_##kind);
 
 #define EDGE_ATTENTION_I8(width, kind)                                                                                \
-    EDGE_KERNEL(EDGE_ATTENTION_BOUNDS_##kind(width))                                                                      \
+    EDGE_KERNEL(EDGE_ATTENTION_BOUNDS_##kind(width))                                                                  \
     void edge_attention_i8_d##width##_##kind(                                                                         \
         const __half* qkv, const signed char* past_key, const signed char* past_value, const __half* key_scales,      \
         const __half* value_scales, const int* last, const float* cos, const float* sin, float* partial,              \

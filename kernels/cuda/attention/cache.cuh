@@ -97,8 +97,8 @@ __device__ __forceinline__ unsigned low_halves(unsigned a, unsigned b) { return 
 __device__ __forceinline__ unsigned high_halves(unsigned a, unsigned b) { return __byte_perm(a, b, 0x7632); }
 
 // --- new rows: Width / 8 lanes work on one --------------------------------------------------------------------------
-/// Of a row of D halves: elements 4 i .. 4 i + 3 and D / 2 + 4 i .., which RoPE turns together. Lanes from D / 8 on hold
-/// nothing of the row; they keep the padding up to Width zero.
+/// Of a row of D halves: elements 4 i .. 4 i + 3 and D / 2 + 4 i .., which RoPE turns together. Lanes from D / 8 on
+/// hold nothing of the row; they keep the padding up to Width zero.
 struct Quads {
     float low[4], high[4];
 };
@@ -137,9 +137,8 @@ __device__ __forceinline__ void store4(__half* p, const float (&x)[4]) {
 }
 
 __device__ __forceinline__ void store4(signed char* p, const float (&x)[4]) {
-    char4 four;
-    four.x = (signed char)(x[0]), four.y = (signed char)(x[1]), four.z = (signed char)(x[2]), four.w = (signed char)(x[3]);
-    *reinterpret_cast<char4*>(p) = four;
+    using C = signed char;
+    *reinterpret_cast<char4*>(p) = make_char4(C(x[0]), C(x[1]), C(x[2]), C(x[3]));
 }
 
 /// A row as the cache keeps it, in shared memory (padded with zeros) or in the cache itself.
@@ -180,13 +179,13 @@ __device__ __forceinline__ float quantised(Quads& x, const signed char*) {
 /// q of (token s, head), or the new key and value row of kv, as the cache keeps it.
 template <class Element>
 __device__ __forceinline__ Quads query_quads(const Attention<Element>& op, int b, int s, int slot, int head, int i) {
-    const int turns = op.head_dim / 2;
-    return rotated(load_quads(op.token(b, s) + (long long)(head)*op.head_dim, op.head_dim, i), op.cos + (long long)(slot)*turns,
-                   op.sin + (long long)(slot)*turns, op.head_dim, i);
+    const long long turn = (long long)(slot) * (op.head_dim / 2);
+    const Quads x = load_quads(op.token(b, s) + head * op.head_dim, op.head_dim, i);
+    return rotated(x, op.cos + turn, op.sin + turn, op.head_dim, i);
 }
 template <class Element>
 __device__ __forceinline__ Quads value_quads(const Attention<Element>& op, int b, int s, int kv, int i) {
-    return load_quads(op.token(b, s) + (long long)(op.heads + op.kv_heads + kv) * op.head_dim, op.head_dim, i);
+    return load_quads(op.token(b, s) + (op.heads + op.kv_heads + kv) * op.head_dim, op.head_dim, i);
 }
 
 /// Writes a new row, key and value, into the cache.

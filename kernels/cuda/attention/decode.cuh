@@ -1,9 +1,9 @@
 // One new token: all heads of a key head look at the cache together, which is read once, at the speed of memory.
 //
-// Blocks are (split of the cache, key head and eight of its heads, row of the batch). A warp goes over the split's slots
-// in steps, with a step's keys and values in registers: while it works on the keys the values are on their way, and while
-// it works on the values the next keys are. The tensor cores take both products straight from these registers, for they
-// do not mind in which order the summed dimension comes, as long as both factors have the same order:
+// Blocks are (split of the cache, key head and eight of its heads, row of the batch). A warp goes over the split's
+// slots in steps, with a step's keys and values in registers: while it works on the keys the values are on their way,
+// and while it works on the values the next keys are. The tensor cores take both products straight from these
+// registers, for they do not mind in which order the summed dimension comes, if both factors have the same order:
 //
 //   scores  d (heads x 8 slots) = q (16 x 16, rows 8 to 15 zero) K^T: lane (g, t) = (lane / 4, lane % 4) loads 16-byte
 //           chunks t, t + 4, ... of slot g, and the same chunks of q's head g; it gets head g at slots 2 t and 2 t + 1.
@@ -237,7 +237,8 @@ __device__ __forceinline__ void decode(const Attention<Element>& op, unsigned ch
     using Warp = DecodeWarp<Element, Width>;
     constexpr int SLOTS = Warp::SLOTS, LANES = Width / 8;
     const int groups = (op.group() + DECODE_HEADS - 1) / DECODE_HEADS;
-    const int split = int(blockIdx.x), kv = int(blockIdx.y) / groups, part = int(blockIdx.y) % groups, b = int(blockIdx.z);
+    const int split = int(blockIdx.x), b = int(blockIdx.z);
+    const int kv = int(blockIdx.y) / groups, part = int(blockIdx.y) % groups;
     if (split >= op.splits) return;
     const int first_head = kv * op.group() + part * DECODE_HEADS;
     const int heads = min(DECODE_HEADS, op.group() - part * DECODE_HEADS);

@@ -7,7 +7,8 @@
 namespace edge {
 
 /// Blocks are (head, token, row of the batch); out is [B, S, H, D], partial [B, H, P, D + 2]. Warps share the splits.
-__device__ __forceinline__ void merge(const float* partial, __half* out, int tokens, int heads, int head_dim, int rows) {
+__device__ __forceinline__ void merge(const float* partial, __half* out, int tokens, int heads, int head_dim,
+                                      int rows) {
     __shared__ float2 sums[MERGE_THREADS / 32][32];
     __shared__ float totals[MERGE_THREADS / 32];
     const int warps = int(blockDim.x) / 32, warp = int(threadIdx.x) / 32;

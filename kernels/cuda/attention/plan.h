@@ -12,8 +12,8 @@ struct EdgeAttentionShape {
     int int8, batch, tokens, heads, kv_heads, head_dim, capacity, splits, kind, sms;
 };
 
-/// Splits of the cache that fill a device: enough blocks of a decode step for three on each multiprocessor, of 128 slots
-/// or more, so that a block's start and end stay a small part of it.
+/// Splits of the cache that fill a device: enough blocks of a decode step for three on each multiprocessor, of 128
+/// slots or more, so that a block's start and end stay a small part of it.
 inline int edge_attention_splits(int batch, int heads, int kv_heads, int capacity, int sms) {
     const int blocks = batch * kv_heads * int(edge_parts(heads / kv_heads, edge::DECODE_HEADS));
     const int most = capacity / 128 < 1 ? 1 : capacity / 128, wanted = int(edge_parts(3 * sms, blocks));
@@ -26,7 +26,8 @@ inline unsigned edge_plan_attention(const EdgeAttentionShape& s, EdgeLaunch* out
     if (!width || s.batch < 1 || s.tokens < 1 || s.kv_heads < 1 || s.heads < 1 || s.heads % s.kv_heads) return 0;
     if (s.capacity < 1 || s.splits < 1 || (s.int8 && s.capacity % 2) || s.batch > 65535) return 0;
     const int group = s.heads / s.kv_heads;
-    const unsigned parts = edge_parts(group, edge::DECODE_HEADS), tiles = edge_parts(s.tokens * group, edge::PREFILL_ROWS);
+    const unsigned parts = edge_parts(group, edge::DECODE_HEADS);
+    const unsigned tiles = edge_parts(s.tokens * group, edge::PREFILL_ROWS);
     const bool decode = s.tokens == 1;
     const int decode_shared = edge::decode_shared(width), prefill_shared = edge::prefill_shared(width);
 

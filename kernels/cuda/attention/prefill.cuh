@@ -1,10 +1,10 @@
 // Several new tokens: tiles of 64 rows, each a token and one of the heads that share a key head, against tiles of keys.
 //
-// Blocks are (tile of rows, key head, row of the batch); a warp has 16 rows. Keys and then values of a tile lie in shared
-// memory as halves (int8 as exact integers, their scales beside them). Rows of the cache come from past; new rows come
-// from qkv and are turned on the way, since the block that writes them into the cache may not have done so yet. Each new
-// row is written by the block that has its token's first row. Operands are laid out as in decode.cuh: here all sixteen
-// rows of q count, and the second product has two tiles of eight rows each.
+// Blocks are (tile of rows, key head, row of the batch); a warp has 16 rows. Keys and then values of a tile lie in
+// shared memory as halves (int8 as exact integers, their scales beside them). Rows of the cache come from past; new
+// rows come from qkv and are turned on the way, since the block that writes them into the cache may not have done so
+// yet. Each new row is written by the block that has its token's first row. Operands are laid out as in decode.cuh:
+// here all sixteen rows of q count, and the second product has two tiles of eight rows each.
 #pragma once
 
 #include "cache.cuh"
@@ -27,18 +27,20 @@ struct Prefill {
     int last, first;                // slots of the newest and of the oldest new token; first < 0: some have none
     int i = int(threadIdx.x) % LANES, line = int(threadIdx.x) / LANES;
 
-    __device__ __forceinline__ Prefill(const Attention<Element>& op, unsigned char* shared, int tile_index, int kv, int b)
+    __device__ __forceinline__ Prefill(const Attention<Element>& op, unsigned char* shared, int index, int kv, int b)
         : op(op), kv(kv), b(b) {
         query = reinterpret_cast<__half*>(shared);
         tile = query + PREFILL_ROWS * PITCH;
         scales = reinterpret_cast<float*>(tile + SLOTS * PITCH);
-        first_row = tile_index * PREFILL_ROWS;
+        first_row = index * PREFILL_ROWS;
         end_row = min(first_row + PREFILL_ROWS, op.tokens * op.group());
         last = op.newest(b);
         first = last - op.tokens + 1;
     }
 
-    __device__ __forceinline__ int oldest_of(int slot) const { return op.window > 0 ? max(slot - op.window + 1, 0) : 0; }
+    __device__ __forceinline__ int oldest_of(int slot) const {
+        return op.window > 0 ? max(slot - op.window + 1, 0) : 0;
+    }
 
     __device__ __forceinline__ void stage_query() {
         for (int r = line; r < PREFILL_ROWS; r += ROWS) {
@@ -60,7 +62,8 @@ struct Prefill {
                 key = query_quads(op, b, token, slot, op.heads + kv, i);
                 value = value_quads(op, b, token, kv, i);
             }
-            const float key_scale = quantised<Width>(key, op.past_key), value_scale = quantised<Width>(value, op.past_key);
+            const float key_scale = quantised<Width>(key, op.past_key);
+            const float value_scale = quantised<Width>(value, op.past_key);
             if (is_there) keep<Width>(op, op.row(b, kv, slot), key, value, key_scale, value_scale, i);
         }
     }
@@ -79,7 +82,8 @@ struct Prefill {
             if (__any_sync(ALL_LANES, is_new)) {
                 Quads x = {};
                 if (is_new)
-                    x = Keys ? query_quads(op, b, slot - first, slot, op.heads + kv, i) : value_quads(op, b, slot - first, kv, i);
+                    x = Keys ? query_quads(op, b, slot - first, slot, op.heads + kv, i)
+                             : value_quads(op, b, slot - first, kv, i);
                 scale = quantised<Width>(x, cache);
                 if (is_new) store_quads<true>(row, x, op.head_dim, i);
             }
@@ -102,7 +106,7 @@ struct Prefill {
             slot_of[r] = first + (first_row + rows + g + 8 * r) / op.group();
             oldest[r] = oldest_of(slot_of[r]);
         }
-        const int to = min(first + (end_row - 1) / op.group(), last) + 1;  // past the last slot that a row of the tile sees
+        const int to = min(first + (end_row - 1) / op.group(), last) + 1;  // past what the tile's last row sees
         const int from = oldest_of(max(first + first_row / op.group(), 0));
 
         stage_query();
@@ -148,7 +152,8 @@ struct Prefill {
                 factor[r] = __expf(m[r] - shift[r]);
                 m[r] = largest[r];
                 l[r] *= factor[r];
-                const float x = __shfl_sync(ALL_LANES, factor[r], 8 * t), y = __shfl_sync(ALL_LANES, factor[r], 8 * t + 4);
+                const float x = __shfl_sync(ALL_LANES, factor[r], 8 * t);
+                const float y = __shfl_sync(ALL_LANES, factor[r], 8 * t + 4);
 #pragma unroll
                 for (int j = 0; j < 4 * V_CHUNKS; ++j)
                     acc[r][j][0] *= x, acc[r][j][1] *= y, acc[r][j][2] *= x, acc[r][j][3] *= y;
@@ -184,7 +189,8 @@ struct Prefill {
             for (int c = 0; c < V_CHUNKS; ++c) {
                 const uint4 x = load16(row + 64 * c), y = load16(row + PITCH + 64 * c);
                 const uint4 z = load16(row + 8 * PITCH + 64 * c), w = load16(row + 9 * PITCH + 64 * c);
-                const unsigned words[4][4] = {{x.x, y.x, z.x, w.x}, {x.y, y.y, z.y, w.y}, {x.z, y.z, z.z, w.z}, {x.w, y.w, z.w, w.w}};
+                const unsigned words[4][4] = {
+                    {x.x, y.x, z.x, w.x}, {x.y, y.y, z.y, w.y}, {x.z, y.z, z.z, w.z}, {x.w, y.w, z.w, w.w}};
 #pragma unroll
                 for (int j = 0; j < 4; ++j) {
                     const unsigned a[4] = {low_halves(words[j][0], words[j][1]), high_halves(words[j][0], words[j][1]),

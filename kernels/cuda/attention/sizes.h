@@ -30,7 +30,8 @@ EDGE_BOTH constexpr int decode_shared(int width) {
 
 /// Keys, and then values, that a block of the prefill has in shared memory at a time.
 EDGE_BOTH constexpr int prefill_slots(int width) { return width == 256 ? 16 : 64; }
-EDGE_BOTH constexpr int prefill_pitch(int width) { return width + 8; }  // halves: 16-byte loads of eight rows touch each bank once
+/// In halves; loads of 16 bytes of eight rows then touch each bank once.
+EDGE_BOTH constexpr int prefill_pitch(int width) { return width + 8; }
 EDGE_BOTH constexpr int prefill_shared(int width) {
     return (PREFILL_ROWS + prefill_slots(width)) * prefill_pitch(width) * 2 + prefill_slots(width) * 4;
 }

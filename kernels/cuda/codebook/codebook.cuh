@@ -31,8 +31,8 @@ __device__ __forceinline__ void codebook(const int* codes, const __half* tables,
                                          int channels, int size) {
     constexpr int VECTORS = CODEBOOK_POSITIONS / 8;
     __shared__ uint4 tile[CODEBOOK_CHANNELS * VECTORS];
-    // Of channel c, positions from t on, a multiple of 8. Channels 8 apart, which neighbouring threads write at the same
-    // time, have the same vector in different banks.
+    // Of channel c, the positions around t. Channels 8 apart, which neighbouring threads write at the same time, have
+    // the same vector in different banks.
     const auto vector_of = [&](int c, int t) { return tile + c * VECTORS + (t / 8 ^ c / 8 % VECTORS); };
     const int t0 = int(blockIdx.x) * CODEBOOK_POSITIONS, c0 = int(blockIdx.y) * CODEBOOK_CHANNELS, b = int(blockIdx.z);
     const int count = min(CODEBOOK_CHANNELS, channels - c0), chunks = (count + 7) / 8;

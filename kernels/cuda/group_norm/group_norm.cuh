@@ -1,4 +1,5 @@
-// EdgeGroupNormSilu: y = silu?((x - mean) / sqrt(var + eps) * weight[c] + bias[c]) over groups of channels of x [B, C, N].
+// EdgeGroupNormSilu: y = (x - mean) / sqrt(var + eps) * weight[c] + bias[c], then silu if asked for, over groups of
+// channels of x [B, C, N].
 //
 // A group is C / groups * N consecutive numbers. Entry points:
 //   edge_group_norm        one block a group: x is read once if the group fits into its registers, else a second time

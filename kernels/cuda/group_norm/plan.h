@@ -27,7 +27,7 @@ inline unsigned edge_plan_group_norm(const EdgeGroupNormShape& s, EdgeLaunch* ou
     if (numbers > 1 << 24 || groups > 65535) return 0;  // counts are float32
     const long long packs = s.size % 8 ? numbers : numbers / 8;
 
-    // Parts of 1024 packs at least, and four blocks for each multiprocessor, where one block a group fills less than two.
+    // Parts of 1024 packs at least, four blocks for each multiprocessor, if there are fewer than two groups for each.
     long long parts = edge_parts(4 * s.sms, unsigned(groups));
     if (parts > packs / 1024) parts = packs / 1024;
     if (parts > edge::NORM_PARTS) parts = edge::NORM_PARTS;
