@@ -6,6 +6,7 @@
 #include <map>
 #include <mutex>
 #include <sstream>
+#include <type_traits>
 #include <utility>
 
 #include "edge_kernels.h"
@@ -21,8 +22,8 @@ using Function = struct FunctionTag*;
 using Stream = struct StreamTag*;
 using Address = unsigned long long;
 
-constexpr int MULTIPROCESSOR_COUNT = 16;        // CU_DEVICE_ATTRIBUTE_...
-constexpr int MAX_DYNAMIC_SHARED = 8;           // CU_FUNC_ATTRIBUTE_...
+constexpr int MULTIPROCESSOR_COUNT = 16;           // CU_DEVICE_ATTRIBUTE_...
+constexpr int MAX_DYNAMIC_SHARED = 8;              // CU_FUNC_ATTRIBUTE_...
 constexpr int ERROR_LOG = 5, ERROR_LOG_BYTES = 6;  // CU_JIT_...
 
 struct Driver {
@@ -33,8 +34,8 @@ struct Driver {
     Result (*cuModuleLoadDataEx)(Module*, const void* image, unsigned options, int* names, void** values);
     Result (*cuModuleGetFunction)(Function*, Module, const char* name);
     Result (*cuFuncSetAttribute)(Function, int attribute, int value);
-    Result (*cuLaunchKernel)(Function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned shared, Stream,
-                             void** arguments, void** extra);
+    Result (*cuLaunchKernel)(Function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned shared,
+                             Stream, void** arguments, void** extra);
     Result (*cuMemcpyDtoDAsync)(Address to, Address from, size_t bytes, Stream);
     Result (*cuGetErrorString)(Result, const char**);
 };
@@ -87,7 +88,8 @@ public:
     void set(const std::string& path) {
         const std::lock_guard<std::mutex> lock(mutex_);
         std::string text = read(path);
-        if (!modules_.empty() && text != ptx_) throw DriverFault{EDGE_NO_KERNELS, path + ": other kernels are in use already"};
+        if (!modules_.empty() && text != ptx_)
+            throw DriverFault{EDGE_NO_KERNELS, path + ": other kernels are in use already"};
         path_ = path;
         ptx_ = std::move(text);
     }
@@ -102,7 +104,8 @@ public:
         }
         if (launch.shared_bytes > entry.shared_bytes) {
             check(cuda().cuFuncSetAttribute(entry.function, MAX_DYNAMIC_SHARED, int(launch.shared_bytes)),
-                  std::string(launch.kernel) + " with " + std::to_string(launch.shared_bytes) + " bytes of shared memory");
+                  std::string(launch.kernel) + " with " + std::to_string(launch.shared_bytes) +
+                      " bytes of shared memory");
             entry.shared_bytes = launch.shared_bytes;
         }
         return entry.function;
@@ -140,7 +143,9 @@ private:
             int names[] = {ERROR_LOG, ERROR_LOG_BYTES};
             void* values[] = {log, reinterpret_cast<void*>(sizeof log - 1)};
             const Result result = cuda().cuModuleLoadDataEx(&module, ptx_.c_str(), 2, names, values);
-            if (result) throw DriverFault{EDGE_NO_KERNELS, path_ + ": the driver refuses it (" + std::to_string(result) + ") " + log};
+            if (result)
+                throw DriverFault{EDGE_NO_KERNELS,
+                                  path_ + ": the driver refuses it (" + std::to_string(result) + ") " + log};
         } catch (...) {
             modules_.erase(context);
             throw;
@@ -175,8 +180,9 @@ void prepare_kernel(const EdgeLaunch& launch) { kernels().find(launch); }
 
 void launch_kernel(const EdgeLaunch& launch, void** arguments, void* stream) {
     const Function function = kernels().find(launch);
-    check(cuda().cuLaunchKernel(function, launch.grid[0], launch.grid[1], launch.grid[2], launch.block[0], launch.block[1],
-                                launch.block[2], launch.shared_bytes, static_cast<Stream>(stream), arguments, nullptr),
+    check(cuda().cuLaunchKernel(function, launch.grid[0], launch.grid[1], launch.grid[2], launch.block[0],
+                                launch.block[1], launch.block[2], launch.shared_bytes, static_cast<Stream>(stream),
+                                arguments, nullptr),
           launch.kernel);
 }
 

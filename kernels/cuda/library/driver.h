@@ -1,5 +1,5 @@
-// The dozen functions of CUDA's driver that a launch needs, from libcuda.so.1 at run time; declared here, so that neither
-// cuda.h nor any library of CUDA's is needed to build this.
+// The dozen functions of CUDA's driver that a launch needs, from libcuda.so.1 at run time; declared here, so that
+// neither cuda.h nor any library of CUDA's is needed to build this.
 #pragma once
 
 #include <cstdint>
@@ -22,8 +22,8 @@ void set_kernels(const std::string& path);
 /// Multiprocessors of the current context's device.
 int multiprocessors();
 
-/// Finds (and, the first time in a context, compiles) a kernel: beforehand, since a stream that is being captured into a
-/// CUDA graph must not.
+/// Finds (and, the first time in a context, compiles) a kernel: beforehand, since a stream that is being captured into
+/// a CUDA graph must not.
 void prepare_kernel(const EdgeLaunch& launch);
 
 /// Launches a kernel; `arguments` points to each argument's value.

@@ -55,7 +55,8 @@ bool equal_shapes(const EdgeTensor& a, const EdgeTensor& b) {
 std::string described(const EdgeTensor& tensor) {
     static const char* const names[] = {"float32", "float16", "int8", "int32"};
     std::string text = tensor.type >= 0 && tensor.type < 4 ? names[tensor.type] : "of an unknown type";
-    for (int i = 0; i < tensor.rank && i < EDGE_MAX_RANK; ++i) text += (i ? ", " : " [") + std::to_string(tensor.dims[i]);
+    for (int i = 0; i < tensor.rank && i < EDGE_MAX_RANK; ++i)
+        text += (i ? ", " : " [") + std::to_string(tensor.dims[i]);
     return text + (tensor.rank > 0 ? "]" : "");
 }
 
@@ -98,8 +99,8 @@ int edge_plan(const char* name, const EdgeAttribute* attributes, int attribute_c
               int input_count, int sms, int workspace, EdgeLaunch* launches, int* launch_count) {
     return guarded([&] {
         const Op& op = find_op(name);
-        const Work work =
-            plan_work(op, attributes_of(op, attributes, attribute_count), {inputs, inputs + input_count}, sms, workspace);
+        const Work work = plan_work(op, attributes_of(op, attributes, attribute_count), {inputs, inputs + input_count},
+                                    sms, workspace);
         std::copy(work.launches.begin(), work.launches.end(), launches);
         *launch_count = int(work.launches.size());
     });
@@ -113,13 +114,15 @@ int edge_run(const char* name, const EdgeAttribute* attributes, int attribute_co
         const std::vector<EdgeTensor> given(inputs, inputs + input_count);
         const std::vector<EdgeTensor> wanted = outputs_of(op, values, given);
         if (wanted.size() != size_t(output_count))
-            throw Refusal(op.name + ": has " + std::to_string(wanted.size()) + " outputs, was given " + std::to_string(output_count));
+            throw Refusal(op.name + ": has " + std::to_string(wanted.size()) + " outputs, was given " +
+                          std::to_string(output_count));
         std::vector<const void*> from;
         std::vector<void*> to;
         for (const EdgeTensor& tensor : given) from.push_back(tensor.data);
         for (size_t i = 0; i < wanted.size(); ++i) {
             if (!equal_shapes(wanted[i], outputs[i]))
-                throw Refusal(op.name + ", output " + op.outputs[i].name + ": is " + described(outputs[i]) + ", must be " + described(wanted[i]));
+                throw Refusal(op.name + ", output " + op.outputs[i].name + ": is " + described(outputs[i]) +
+                              ", must be " + described(wanted[i]));
             to.push_back(outputs[i].data);
         }
         run(plan_work(op, values, given, multiprocessors(), workspace), from.data(), from.size(), to.data(), to.size(),

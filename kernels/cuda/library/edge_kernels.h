@@ -1,8 +1,8 @@
 // The CUDA kernels as a C library, for tools, tests and programs without TensorRT: one function runs any op of ops.txt.
 //
-// Nothing of CUDA is linked: the driver (libcuda.so.1) is opened when a kernel is first run, and kernels come from a PTX
-// file, so one library serves every GPU. Every function but edge_message returns EDGE_OK or says why not; edge_message
-// then gives the sentence, of the calling thread's last failure.
+// Nothing of CUDA is linked: the driver (libcuda.so.1) is opened when a kernel is first run, and kernels come from a
+// PTX file, so one library serves every GPU. Every function but edge_message returns EDGE_OK or says why not;
+// edge_message then gives the sentence, of the calling thread's last failure.
 #pragma once
 
 #include <stdint.h>
@@ -49,12 +49,12 @@ EDGE_API const char* edge_op(int i);
 EDGE_API int edge_set_kernels(const char* path);
 
 /// Types and shapes of the outputs, into `outputs` (room for EDGE_MAX_TENSORS); checks everything that is known.
-EDGE_API int edge_outputs(const char* op, const EdgeAttribute* attributes, int attribute_count, const EdgeTensor* inputs,
-                          int input_count, EdgeTensor* outputs, int* output_count);
+EDGE_API int edge_outputs(const char* op, const EdgeAttribute* attributes, int attribute_count,
+                          const EdgeTensor* inputs, int input_count, EdgeTensor* outputs, int* output_count);
 
 /// Bytes of the scratch buffer that makes the op faster for these inputs, 0 where none does.
-EDGE_API int edge_workspace(const char* op, const EdgeAttribute* attributes, int attribute_count, const EdgeTensor* inputs,
-                            int input_count, uint64_t* bytes);
+EDGE_API int edge_workspace(const char* op, const EdgeAttribute* attributes, int attribute_count,
+                            const EdgeTensor* inputs, int input_count, uint64_t* bytes);
 
 /// The launches of an op on a device with `sms` multiprocessors, into `launches` (room for EDGE_MAX_LAUNCHES), with its
 /// workspace (1) or without.

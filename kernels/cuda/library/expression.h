@@ -1,5 +1,5 @@
-// Integer expressions of the op table (ops.txt), evaluated over any algebra: numbers here, TensorRT's symbolic dimensions
-// in the plugin, Python's in runtimes/tensorrt_plugins.py. The grammar is a part of Python's:
+// Integer expressions of the op table (ops.txt), evaluated over any algebra: numbers here, TensorRT's symbolic
+// dimensions in the plugin, Python's in runtimes/tensorrt_ops.py. The grammar is a part of Python's:
 //
 //     comparison  ->  sum (("==" | "<=" | "<") sum)?         1 or 0
 //     sum         ->  product (("+" | "-") product)*
@@ -99,7 +99,8 @@ private:
                 value = algebra_.apply(Operation::divide, value, atom());
             } else if (take("%")) {
                 const Value by = atom();
-                const Value whole = algebra_.apply(Operation::multiply, algebra_.apply(Operation::divide, value, by), by);
+                const Value whole =
+                    algebra_.apply(Operation::multiply, algebra_.apply(Operation::divide, value, by), by);
                 value = algebra_.apply(Operation::subtract, value, whole);
             } else {
                 return value;
@@ -126,7 +127,8 @@ private:
         if (name == "one_of") {
             Value found = algebra_.apply(Operation::equal, values[0], values[1]);
             for (size_t i = 2; i < values.size(); ++i)
-                found = algebra_.apply(Operation::maximum, found, algebra_.apply(Operation::equal, values[0], values[i]));
+                found =
+                    algebra_.apply(Operation::maximum, found, algebra_.apply(Operation::equal, values[0], values[i]));
             return found;
         }
         if (values.size() > 2) fail();
@@ -151,7 +153,9 @@ private:
 
     std::string word() {
         const size_t from = skip();
-        while (at_ < text_.size() && (std::isalnum(static_cast<unsigned char>(text_[at_])) || text_[at_] == '_' || text_[at_] == '.')) ++at_;
+        while (at_ < text_.size() &&
+               (std::isalnum(static_cast<unsigned char>(text_[at_])) || text_[at_] == '_' || text_[at_] == '.'))
+            ++at_;
         return text_.substr(from, at_ - from);
     }
 

@@ -10,9 +10,7 @@ namespace {
 constexpr const char* TYPE_NAMES[] = {"float32", "float16", "int8", "int32"};
 constexpr uint64_t TYPE_BYTES[] = {4, 2, 1, 4};
 
-std::string type_name(int type) {
-    return type >= 0 && type < 4 ? TYPE_NAMES[type] : "of a type that no op takes";
-}
+std::string type_name(int type) { return type >= 0 && type < 4 ? TYPE_NAMES[type] : "of a type that no op takes"; }
 
 [[noreturn]] void refuse(const Op& op, const std::string& subject, const std::string& what) {
     const char* kind = op.attribute(subject) >= 0 ? ", attribute " : op.input(subject) >= 0 ? ", input " : "";
@@ -50,12 +48,14 @@ void check_attributes(const Op& op, const Attributes& values) {
     for (size_t i = 0; i < values.size(); ++i) {
         const bool whole = std::floor(values[i]) == values[i] && std::fabs(values[i]) <= INT32_MAX;
         if (!std::isfinite(values[i]) || !(op.attributes[i].real || whole))
-            refuse(op, op.attributes[i].name, "is not a " + std::string(op.attributes[i].real ? "finite number" : "32-bit integer"));
+            refuse(op, op.attributes[i].name,
+                   "is not a " + std::string(op.attributes[i].real ? "finite number" : "32-bit integer"));
     }
 }
 
 /// The scope of numbers, after every input has been looked at on its own and with the others.
-Scope<Integers> checked(const Op& op, const Attributes& attributes, const std::vector<EdgeTensor>& inputs, Integers& algebra) {
+Scope<Integers> checked(const Op& op, const Attributes& attributes, const std::vector<EdgeTensor>& inputs,
+                        Integers& algebra) {
     check_attributes(op, attributes);
     std::vector<int> ranks, types;
     for (const EdgeTensor& tensor : inputs) ranks.push_back(tensor.rank);
@@ -76,8 +76,9 @@ Scope<Integers> checked(const Op& op, const Attributes& attributes, const std::v
         const std::vector<int64_t> wanted = scope.shape(op.inputs[i].shape);
         for (size_t d = 0; d < op.inputs[i].shape.dims.size(); ++d) {
             if (wanted[d] == Integers::UNKNOWN || dims[i][d] == Integers::UNKNOWN || wanted[d] == dims[i][d]) continue;
-            refuse(op, op.inputs[i].name, "dimension " + std::to_string(d) + " is " + std::to_string(dims[i][d]) + ", must be " +
-                                              op.inputs[i].shape.dims[d] + " = " + std::to_string(wanted[d]));
+            refuse(op, op.inputs[i].name,
+                   "dimension " + std::to_string(d) + " is " + std::to_string(dims[i][d]) + ", must be " +
+                       op.inputs[i].shape.dims[d] + " = " + std::to_string(wanted[d]));
         }
     }
     return scope;
@@ -144,7 +145,8 @@ uint64_t workspace_bytes(const Op& op, const Attributes& attributes, const std::
     return uint64_t(checked(op, attributes, inputs, algebra)(op.workspace_bytes));
 }
 
-Work plan_work(const Op& op, const Attributes& attributes, const std::vector<EdgeTensor>& inputs, int sms, bool workspace) {
+Work plan_work(const Op& op, const Attributes& attributes, const std::vector<EdgeTensor>& inputs, int sms,
+               bool workspace) {
     Integers algebra;
     Scope<Integers> scope = checked(op, attributes, inputs, algebra);
     scope.set("sms", sms);
@@ -228,8 +230,8 @@ Attributes read_fields(const Op& op, const std::vector<Field>& fields, bool stor
     }
     if (stored && (!format || *format != FORMAT))
         throw Refusal(op.name + ": the engine was built with another version of this library (format " +
-                      (format ? std::to_string(int64_t(*format)) : "unknown") + ", this one reads " + std::to_string(FORMAT) +
-                      "); build it again");
+                      (format ? std::to_string(int64_t(*format)) : "unknown") + ", this one reads " +
+                      std::to_string(FORMAT) + "); build it again");
     Attributes values;
     for (size_t i = 0; i < found.size(); ++i) {
         if (!found[i]) refuse(op, op.attributes[i].name, "is missing");

@@ -5,6 +5,7 @@
 
 #include <map>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "edge_kernels.h"
@@ -106,7 +107,8 @@ private:
     void bind(const Pattern& pattern, const std::vector<Value>& dims) {
         for (size_t i = 0; i < pattern.dims.size(); ++i) {
             const std::string& text = pattern.dims[i];
-            if (!std::isalpha(static_cast<unsigned char>(text[0])) || text.find_first_of(" (") != std::string::npos) continue;
+            if (!std::isalpha(static_cast<unsigned char>(text[0])) || text.find_first_of(" (") != std::string::npos)
+                continue;
             const auto found = values_.find(text);
             if (found == values_.end() || unknown(found->second)) values_.insert_or_assign(text, dims[i]);
         }
@@ -156,9 +158,10 @@ struct Work {
 /// Bytes of the scratch buffer that makes the op faster; 0: none does. All dimensions are known.
 uint64_t workspace_bytes(const Op& op, const Attributes& attributes, const std::vector<EdgeTensor>& inputs);
 
-/// Raises Refusal as outputs_of, and where no kernel takes the shape; all dimensions are known. `workspace`: the run has
-/// its scratch buffer.
-Work plan_work(const Op& op, const Attributes& attributes, const std::vector<EdgeTensor>& inputs, int sms, bool workspace);
+/// Raises Refusal as outputs_of, and where no kernel takes the shape; all dimensions are known. `workspace`: the run
+/// has its scratch buffer.
+Work plan_work(const Op& op, const Attributes& attributes, const std::vector<EdgeTensor>& inputs, int sms,
+               bool workspace);
 
 /// An attribute as TensorRT hands it over or keeps it. `kind` is the letter of its C type: b, h, i, l (8 to 64 bits),
 /// f, d (float, double), or something else, which no attribute is.

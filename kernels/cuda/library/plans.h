@@ -38,8 +38,8 @@ inline Planner planner(const std::string& name, size_t fields) {
 #define EDGE_PLAN_ROW(name) {#name, {Planned<edge_plan_##name>::plan, Planned<edge_plan_##name>::FIELDS}}
     static const std::map<std::string, Row> rows = {
         EDGE_PLAN_ROW(attention), EDGE_PLAN_ROW(attention_merge), EDGE_PLAN_ROW(bias_activation),
-        EDGE_PLAN_ROW(codebook), EDGE_PLAN_ROW(group_norm), EDGE_PLAN_ROW(head),
-        EDGE_PLAN_ROW(linear), EDGE_PLAN_ROW(merge_top),
+        EDGE_PLAN_ROW(codebook),  EDGE_PLAN_ROW(group_norm),      EDGE_PLAN_ROW(head),
+        EDGE_PLAN_ROW(linear),    EDGE_PLAN_ROW(merge_top),
     };
 #undef EDGE_PLAN_ROW
     const auto found = rows.find(name);

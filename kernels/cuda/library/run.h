@@ -12,8 +12,8 @@ inline void prepare(const Work& work) {
 }
 
 /// Addresses are on the device; `workspace` is of the bytes that the op asked for, if the work was planned with one.
-inline void run(const Work& work, const void* const* inputs, size_t input_count, void* const* outputs, size_t output_count,
-                void* workspace, void* stream) {
+inline void run(const Work& work, const void* const* inputs, size_t input_count, void* const* outputs,
+                size_t output_count, void* workspace, void* stream) {
     for (const Work::Copy& copy : work.copies)
         if (outputs[copy.output] != inputs[copy.input])
             copy_on_device(outputs[copy.output], inputs[copy.input], copy.bytes, stream);

@@ -38,7 +38,8 @@ std::vector<std::string> split(const std::string& text, char separator) {
 
 std::pair<std::string, std::string> cut(const std::string& text, char at) {
     const size_t found = text.find(at);
-    if (found == std::string::npos) throw std::logic_error("ops.txt: no '" + std::string(1, at) + "' in '" + text + "'");
+    if (found == std::string::npos)
+        throw std::logic_error("ops.txt: no '" + std::string(1, at) + "' in '" + text + "'");
     return {trimmed(text.substr(0, found)), trimmed(text.substr(found + 1))};
 }
 

@@ -1,8 +1,8 @@
 // TensorRT's plugin interface (IPluginV3) over the op table: one class serves every op of library/ops.txt, and holds no
 // logic of its own. What each method must do is NvInferRuntime.h's; what the ops are is library/ops.h's.
 //
-// The library links nothing of TensorRT: IPluginRegistry::loadLibrary (trtexec --dynamicPlugins) asks it for its creators
-// by the exported getCreators. Built against the headers of the TensorRT that loads it, 10.3 or newer.
+// The library links nothing of TensorRT: IPluginRegistry::loadLibrary (trtexec --dynamicPlugins) asks it for its
+// creators by the exported getCreators. Built against the headers of the TensorRT that loads it, 10.3 or newer.
 #include <NvInferRuntime.h>
 
 #include <cstdio>
@@ -16,8 +16,8 @@ using namespace nvinfer1;
 using edge::Attributes;
 using edge::Op;
 
-static_assert(int(DataType::kFLOAT) == EDGE_F32 && int(DataType::kHALF) == EDGE_F16 && int(DataType::kINT8) == EDGE_I8 &&
-              int(DataType::kINT32) == EDGE_I32 && Dims::MAX_DIMS == EDGE_MAX_RANK);
+static_assert(int(DataType::kFLOAT) == EDGE_F32 && int(DataType::kHALF) == EDGE_F16 &&
+              int(DataType::kINT8) == EDGE_I8 && int(DataType::kINT32) == EDGE_I32 && Dims::MAX_DIMS == EDGE_MAX_RANK);
 
 constexpr char const* NAMESPACE = "edge";
 constexpr char const* VERSION = "1";
@@ -62,10 +62,11 @@ struct Dimensions {
 
     Value constant(int64_t value) const { return builder.constant(value); }
     Value apply(edge::Operation operation, Value a, Value b) const {
-        static constexpr DimensionOperation OPERATIONS[] = {  // in the order of edge::Operation
-            DimensionOperation::kSUM,      DimensionOperation::kSUB, DimensionOperation::kPROD,
+        static constexpr DimensionOperation OPERATIONS[] = {
+            // in the order of edge::Operation
+            DimensionOperation::kSUM,       DimensionOperation::kSUB,      DimensionOperation::kPROD,
             DimensionOperation::kFLOOR_DIV, DimensionOperation::kCEIL_DIV, DimensionOperation::kMIN,
-            DimensionOperation::kMAX,      DimensionOperation::kEQUAL, DimensionOperation::kLESS};
+            DimensionOperation::kMAX,       DimensionOperation::kEQUAL,    DimensionOperation::kLESS};
         return builder.operation(OPERATIONS[int(operation)], *a, *b);
     }
 };
@@ -74,11 +75,15 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
 public:
     Plugin(Op const& op, Attributes const& attributes) : op_(op), attributes_(attributes), stored_(op, attributes) {
         for (edge::Field const& field : stored_.fields())
-            fields_.emplace_back(field.name, field.data, field.kind == 'f' ? PluginFieldType::kFLOAT32 : PluginFieldType::kINT32,
-                                 field.count);
+            fields_.emplace_back(field.name, field.data,
+                                 field.kind == 'f' ? PluginFieldType::kFLOAT32 : PluginFieldType::kINT32, field.count);
         collection_ = {int32_t(fields_.size()), fields_.data()};
         timing_id_ = op.name;
-        for (double const value : attributes) timing_id_ += " " + std::to_string(value);
+        for (double const value : attributes) {
+            char text[32];
+            std::snprintf(text, sizeof text, " %.9g", value);
+            timing_id_ += text;
+        }
     }
 
     // --- IPluginV3
@@ -107,8 +112,8 @@ public:
         return DONE;
     }
 
-    int32_t getOutputShapes(DimsExprs const* inputs, int32_t count, DimsExprs const*, int32_t, DimsExprs* outputs, int32_t,
-                            IExprBuilder& builder) noexcept override {
+    int32_t getOutputShapes(DimsExprs const* inputs, int32_t count, DimsExprs const*, int32_t, DimsExprs* outputs,
+                            int32_t, IExprBuilder& builder) noexcept override {
         return guarded(
             [&] {
                 std::vector<std::vector<Dimensions::Value>> dims;
@@ -120,7 +125,8 @@ public:
                 edge::check_ranks(op_, ranks);
                 Dimensions algebra{builder};
                 // Types are not known here, and no shape depends on them.
-                edge::Scope<Dimensions> const scope(op_, attributes_, std::vector<int>(dims.size(), EDGE_F16), dims, algebra);
+                edge::Scope<Dimensions> const scope(op_, attributes_, std::vector<int>(dims.size(), EDGE_F16), dims,
+                                                    algebra);
                 for (size_t i = 0; i < op_.outputs.size(); ++i) {
                     auto const shape = scope.shape(op_.outputs[i].shape);
                     outputs[i].nbDims = int32_t(shape.size());
@@ -131,12 +137,14 @@ public:
             FAILED);
     }
 
-    bool supportsFormatCombination(int32_t at, DynamicPluginTensorDesc const* tensors, int32_t, int32_t) noexcept override {
+    bool supportsFormatCombination(int32_t at, DynamicPluginTensorDesc const* tensors, int32_t,
+                                   int32_t) noexcept override {
         PluginTensorDesc const& desc = tensors[at].desc;
         return desc.format == TensorFormat::kLINEAR && edge::takes_type(op_, at, int(desc.type));
     }
 
-    int32_t configurePlugin(DynamicPluginTensorDesc const* inputs, int32_t count, DynamicPluginTensorDesc const*, int32_t) noexcept override {
+    int32_t configurePlugin(DynamicPluginTensorDesc const* inputs, int32_t count, DynamicPluginTensorDesc const*,
+                            int32_t) noexcept override {
         return guarded(
             [&] {
                 std::vector<EdgeTensor> tensors;
@@ -164,7 +172,8 @@ public:
     int32_t getAliasedInput(int32_t output) noexcept override { return op_.outputs[size_t(output)].like; }
 
     // --- runtime
-    int32_t onShapeChange(PluginTensorDesc const* inputs, int32_t count, PluginTensorDesc const*, int32_t) noexcept override {
+    int32_t onShapeChange(PluginTensorDesc const* inputs, int32_t count, PluginTensorDesc const*,
+                          int32_t) noexcept override {
         return guarded(
             [&] {
                 std::vector<EdgeTensor> tensors;
@@ -215,11 +224,13 @@ class Creator final : public IPluginCreatorV3One {
 public:
     explicit Creator(Op const& op) : op_(op) {
         for (edge::Attribute const& attribute : op.attributes)
-            fields_.emplace_back(attribute.name.c_str(), nullptr, attribute.real ? PluginFieldType::kFLOAT32 : PluginFieldType::kINT32, 1);
+            fields_.emplace_back(attribute.name.c_str(), nullptr,
+                                 attribute.real ? PluginFieldType::kFLOAT32 : PluginFieldType::kINT32, 1);
         collection_ = {int32_t(fields_.size()), fields_.data()};
     }
 
-    IPluginV3* createPlugin(AsciiChar const*, PluginFieldCollection const* given, TensorRTPhase phase) noexcept override {
+    IPluginV3* createPlugin(AsciiChar const*, PluginFieldCollection const* given,
+                            TensorRTPhase phase) noexcept override {
         return guarded(
             [&]() -> IPluginV3* {
                 std::vector<edge::Field> fields;

@@ -18,8 +18,8 @@ std::string message;
 EDGE_API const char* probe_message() { return message.c_str(); }
 
 /// Reads fields of the kinds given, one letter each, into `values`, in the op's order; 1: refused.
-EDGE_API int probe_read(const char* op, int count, const char* const* names, const char* kinds, const double* given, int stored,
-                        double* values) {
+EDGE_API int probe_read(const char* op, int count, const char* const* names, const char* kinds, const double* given,
+                        int stored, double* values) {
     char bytes[32][8] = {};
     std::vector<edge::Field> fields;
     for (int i = 0; i < count; ++i) {
@@ -59,8 +59,9 @@ EDGE_API int probe_store(const char* name, const double* given, int count, doubl
 }
 
 /// A launch's arguments: the tensor's number (inputs, then outputs) or -1 and a number's bits; returns how many, or -1.
-EDGE_API int probe_arguments(const char* name, const EdgeAttribute* attributes, int attribute_count, const EdgeTensor* inputs,
-                             int input_count, int sms, int workspace, int* tensors, int32_t* bits) {
+EDGE_API int probe_arguments(const char* name, const EdgeAttribute* attributes, int attribute_count,
+                             const EdgeTensor* inputs, int input_count, int sms, int workspace, int* tensors,
+                             int32_t* bits) {
     try {
         const edge::Op& op = edge::find_op(name);
         edge::Attributes values;
