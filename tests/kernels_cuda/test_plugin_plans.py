@@ -150,6 +150,8 @@ def linear_shapes():
         for n, k, bits, block, scale in [
             (64, 96, 4, 32, "f16"), (48, 64, 4, 16, "f32"), (6144, 1024, 4, 128, "f16"), (130, 4096, 8, 64, "f32"),
             (256, 6144, 8, 6144, "f16"), (1024, 24608, 4, 32, "f16"), (16, 16384, 4, 128, "f16"),
+            # One and two rows of x that fill 48 KiB to the byte but for the zeros behind them.
+            (16, 24320, 4, 32, "f16"), (16, 12032, 4, 128, "f16"),
         ]:  # fmt: skip
             yield name, lambda b, s, args=(name, n, k, bits, block, scale): nodes.linear(args[0], b, s, *args[1:])
 
