@@ -51,9 +51,14 @@ def _from_signed(node: ir.Node, offsets: ir.Value | None, layout: Inherited) -> 
     middle = 2 ** (layout.bits - 1)
     codes = (values(node.inputs[0]).astype(np.int16) + middle).astype(np.uint8).T
     scales = np.atleast_2d(values(node.inputs[1]).astype(np.float32)).T
-    points = None if offsets is None else (middle - values(offsets).astype(np.float32)).astype(np.uint8).T
     block = node.attributes["block_size"].as_int() if "block_size" in node.attributes else layout.columns
-    return StoredMatrix(codes, scales, points, layout.bits, block)
+    if offsets is None:
+        return StoredMatrix(codes, scales, None, layout.bits, block)
+    # Offsets are whole numbers: half a step in the file is damage, and must not be rounded away.
+    exact = middle - values(offsets).astype(np.float32).T
+    points = np.clip(np.nan_to_num(np.rint(exact)), 0, 2 * middle - 1)
+    stored = StoredMatrix(codes, scales, points.astype(np.uint8), layout.bits, block)
+    return stored if np.array_equal(points, exact) else _broken(stored)
 
 
 def _from_words(codes: ir.Value, scales: ir.Value, zeros: ir.Value | None, layout: Inherited) -> StoredMatrix:
@@ -73,8 +78,15 @@ def _bytes(words: ir.Value) -> np.ndarray:
 def _equal(one: StoredMatrix, other: StoredMatrix) -> bool:
     """Whether two copies hold the same matrix, however each is cut into blocks."""
     columns = min(one.codes.shape[1], other.codes.shape[1])
-    scales = (np.repeat(copy.scales, copy.block, 1)[:, :columns] for copy in (one, other))
-    return np.array_equal(one.codes[:, :columns], other.codes[:, :columns]) and np.array_equal(*scales)
+    return all(map(np.array_equal, _columns(one, columns), _columns(other, columns)))
+
+
+def _columns(stored: StoredMatrix, columns: int) -> Iterator[np.ndarray]:
+    """Codes, scales and zero points of each of the first columns."""
+    middle = np.full(stored.scales.shape, 2 ** (stored.bits - 1), np.uint8)
+    yield stored.codes[:, :columns]
+    for part in (stored.scales, middle if stored.zero_points is None else stored.zero_points):
+        yield np.repeat(part, stored.block, 1)[:, :columns]
 
 
 def _broken(stored: StoredMatrix) -> StoredMatrix:
