@@ -89,6 +89,27 @@ def snake(z):
     return (z + np.sin(z) ** 2,)
 
 
+def projection(x, norm, codes, scales, zeros, bias, residual, bits, columns, eps, gated):
+    if norm is not None:
+        [x] = rms_norm(x, norm.astype(float), eps)
+    [y] = quantized_linear(x, codes, scales, zeros, bias, bits, columns)
+    if gated:
+        [y] = swiglu(y)
+    return (y if residual is None else y + residual,)
+
+
+def bias_snake(x, bias):
+    return snake(x.astype(float) + bias.reshape(1, -1, *[1] * (x.ndim - 2)))
+
+
+def group_norm_silu(x, weight, bias, groups, eps):
+    rows = x.astype(float).reshape(len(x), groups, -1)
+    normed = (rows - rows.mean(-1, keepdims=True)) / np.sqrt(rows.var(-1, keepdims=True) + eps)
+    affine = (slice(None), *[None] * (x.ndim - 2))
+    z = normed.reshape(x.shape) * weight.astype(float)[affine] + bias.astype(float)[affine]
+    return (z / (1 + np.exp(-z)),)
+
+
 def codebook_lookup(codes, tables, size):
     books = tables.astype(float).reshape(-1, size, tables.shape[1])
     return (np.moveaxis(sum(book[codes[:, i]] for i, book in enumerate(books)), -1, 1),)
@@ -223,6 +244,56 @@ def _snake(channels: int, dtype: type) -> Case:
     return Case("snake", f"{np.dtype(dtype).name}-{channels}", inputs, {"z": 2}, {}, snake, tolerance)
 
 
+def _projection(
+    bits: int, block: int, zeros: bool, rows: int, columns: int, dtype: type = np.float32, *,
+    norm=False, gated=False, bias=False, residual=False,
+) -> Case:  # fmt: skip
+    fixed = _quantised(bits, block, zeros, rows, columns)
+    fixed["scales"] = fixed["scales"].astype(dtype)
+    fixed["norm"] = np.linspace(-2, 2, columns).astype(dtype) if norm else None
+    fixed["bias"] = np.linspace(-3, 3, rows).astype(dtype) if bias else None
+    fixed |= {"eps": 1e-5, "gated": gated} | ({} if residual else {"residual": None})
+
+    def inputs(random: np.random.Generator, length: int) -> dict[str, Array]:
+        sizes = {"x": columns} | ({"residual": rows // 2 if gated else rows} if residual else {})
+        return {name: random.standard_normal((1, length, size)).astype(dtype) for name, size in sizes.items()}
+
+    around = {"norm": norm, "gated": gated, "bias": bias, "residual": residual}
+    parts = [f"int{bits}", f"block{block}", "zeros" if zeros else "symmetric", f"{rows}x{columns}"]
+    label = "-".join(parts + [name for name, there in around.items() if there] + ["float16"] * (dtype is np.float16))
+    tolerance = FLOAT32 if dtype is np.float32 else FLOAT16
+    dynamic = {"x": 1} | ({"residual": 1} if residual else {})
+    return Case("projection", label, inputs, dynamic, fixed, projection, tolerance)
+
+
+def _bias_snake(channels: int, image: bool, dtype: type) -> Case:
+    def inputs(random: np.random.Generator, length: int) -> dict[str, Array]:
+        return {"x": (3 * random.standard_normal((2, channels, length, *[3] * image))).astype(dtype)}
+
+    fixed = {"bias": np.linspace(-2, 2, channels).astype(dtype)}
+    tolerance = FLOAT32 if dtype is np.float32 else FLOAT16
+    label = f"{'image' if image else 'audio'}-{np.dtype(dtype).name}-{channels}"
+    return Case("bias_snake", label, inputs, {"x": 2}, fixed, bias_snake, tolerance)
+
+
+def _group_norm_silu(channels: int, groups: int, image: bool, dtype: type) -> Case:
+    def inputs(random: np.random.Generator, length: int) -> dict[str, Array]:
+        # Off from zero, and of another size in each channel: group norms that forget the mean or mix groups show.
+        size = np.linspace(1, 2, channels).reshape(1, -1, *[1] * (1 + image))
+        x = 1 + random.standard_normal((2, channels, length, *[3] * image))
+        return {"x": (x * size).astype(dtype)}
+
+    fixed = {
+        "weight": np.linspace(-2, 2, channels).astype(dtype),
+        "bias": np.linspace(1, -1, channels).astype(dtype),
+        "groups": groups,
+        "eps": 1e-5,
+    }
+    tolerance = FLOAT32 if dtype is np.float32 else FLOAT16
+    label = f"{'image' if image else 'audio'}-{np.dtype(dtype).name}-{channels}in{groups}"
+    return Case("group_norm_silu", label, inputs, {"x": 2}, fixed, group_norm_silu, tolerance)
+
+
 def _codes(books: int, size: int, image: bool, dtype: type) -> Case:
     def inputs(random: np.random.Generator, length: int) -> dict[str, Array]:
         shape = (length, books, 3, 4) if image else (2, books, length)
@@ -284,9 +355,35 @@ CASES: tuple[Case, ...] = (
     _swiglu(24, np.float16),
     _snake(6, np.float32),
     _snake(6, np.float16),
+    # Each of our kernels: 4 and 8 bits, with and without zero points, whole blocks and tails, one block a row.
+    _projection(4, 32, True, 10, 96),
+    _projection(4, 32, True, 9, 41, bias=True, residual=True),
+    _projection(8, 128, False, 7, 100, norm=True),
+    _projection(4, 16, True, 7, 48, norm=True, bias=True),
+    _projection(8, 32, True, 12, 70, norm=True, gated=True),
+    _projection(4, 64, False, 12, 64, norm=True, gated=True, bias=True),
+    # What has no kernel of its own: a residual behind a norm or a gate, a gate without a norm.
+    _projection(4, 32, True, 6, 64, norm=True, residual=True),
+    _projection(8, 32, False, 8, 64, gated=True, bias=True, residual=True),
+    _projection(4, 32, True, 9, 41, np.float16, bias=True, residual=True),
+    _projection(4, 32, True, 12, 48, np.float16, norm=True, gated=True),
+    _projection(8, 128, False, 7, 100, np.float16, norm=True),
+    *(_bias_snake(6, image, np.float32) for image in (False, True)),
+    _bias_snake(6, False, np.float16),
+    *(_group_norm_silu(6, groups, groups > 1, np.float32) for groups in (1, 3)),
+    _group_norm_silu(6, 2, True, np.float16),
     _codes(1, 11, True, np.int32),
     _codes(1, 11, False, np.int64),
     _codes(4, 8, False, np.int32),
     _angles(16, np.int32),
     _angles(16, np.int64),
 )  # fmt: skip
+
+#: What a backend without our kernels leaves out. It spells these ops out in parts that have rows of their own, so one
+#: or two rows show that it does; and it never sees a program in float16.
+KERNELS_ONLY = frozenset(str(case) for case in CASES if case.op in ("projection", "bias_snake", "group_norm_silu")) - {
+    "projection-int4-block32-zeros-9x41-bias-residual",
+    "projection-int8-block32-zeros-12x70-norm-gated",
+    "bias_snake-image-float32-6",
+    "group_norm_silu-image-float32-6in3",
+}

@@ -34,8 +34,13 @@ each_attention = pytest.mark.parametrize("case", ATTENTION, ids=str)
 
 def each_target(cases: Iterable[Case]) -> pytest.MarkDecorator:
     """Every runner with every case that it does not leave to another one of its backend."""
-    pairs = [(runner, case) for runner in RUNNERS.values() for case in cases if str(case) not in runner.left_out]
-    return pytest.mark.parametrize(("runner", "case"), pairs, ids=[f"{r.target}-{case}" for r, case in pairs])
+    rows = [
+        pytest.param(runner, case, id=f"{runner.target}-{case}", marks=[pytest.mark.long] * runner.is_long(case))
+        for runner in RUNNERS.values()
+        for case in cases
+        if str(case) not in runner.left_out
+    ]
+    return pytest.mark.parametrize(("runner", "case"), rows)
 
 
 class Call(torch.nn.Module):
@@ -145,7 +150,8 @@ def test_every_op_is_in_the_table_for_every_target() -> None:
     labels = {str(case) for case in CASES}
     assert len(labels) == len(CASES)
     for runner in RUNNERS.values():
-        assert runner.left_out <= labels
+        assert runner.left_out | (runner.usual or set()) <= labels
+        assert not runner.usual or runner.usual.isdisjoint(runner.left_out)
         assert {case.op for case in CASES if str(case) not in runner.left_out} == set(ops.REGISTRY)
 
 

@@ -32,7 +32,9 @@ class Runner:
             value expected.
         filler: what slots of the cache that were never written hold at the start.
         refused: case -> why this backend cannot take it, or None; `build` must then raise an ExportError saying that.
-        left_out: cases that another target of the backend runs and this one would only repeat; never all of an op.
+        left_out: cases that another target of the backend runs and this one would only repeat, or that its programs
+            never hold; never all of an op.
+        usual: the cases of the usual run, the others are marked long; None for all.
     """
 
     target: str
@@ -42,10 +44,15 @@ class Runner:
     filler: float = np.nan
     refused: Callable[[Case], str | None] = lambda case: None
     left_out: frozenset[str] = frozenset()
+    usual: frozenset[str] | None = None
+
+    def is_long(self, case: Case) -> bool:
+        """Whether the case is not one of the usual run."""
+        return self.usual is not None and str(case) not in self.usual
 
 
 #: Every backend that runs here.
-MODULES = ("onnx", "openvino", "tvm", "coreml")
+MODULES = ("onnx", "openvino", "tvm", "coreml", "tensorrt")
 RUNNERS: dict[str, Runner] = {
     runner.target: runner for module in MODULES for runner in import_module(f"tests.exporters.runners.{module}").RUNNERS
 }

@@ -14,7 +14,7 @@ from exporters.program import Program
 from runtimes.buckets import runs
 from runtimes.coreml_format import load_package
 from runtimes.coreml_interpreter import Function
-from tests.exporters.op_cases import Array, Case
+from tests.exporters.op_cases import KERNELS_ONLY, Array, Case
 from tests.exporters.runners import Runner, Step
 
 RECIPES = {
@@ -23,8 +23,11 @@ RECIPES = {
 }
 OPERATORS = {
     "add_rms_norm": "rsqrt",
+    "bias_snake": "sin",
     "codebook_lookup": "gather",
+    "group_norm_silu": "layer_norm",
     "kv_attention": "slice_update",
+    "projection": "constexpr_blockwise_shift_scale",
     "quantized_embedding": "constexpr_blockwise_shift_scale",
     "quantized_linear": "constexpr_blockwise_shift_scale",
     "rms_norm": "rsqrt",
@@ -32,15 +35,17 @@ OPERATORS = {
     "snake": "sin",
     "swiglu": "silu",
 }
+#: coremltools writes a product and a sum by channel as a batch norm whose variance is 1 and whose epsilon 1e-5: 5e-6.
 TOLERANCE = {
-    "coreml/exact": {"exact": 0.0, "float32": 3e-6, "float16": 4e-3},
+    "coreml/exact": {"exact": 0.0, "float32": 8e-6, "float16": 4e-3},
     "coreml/fp16": {"exact": 5e-4, "float32": 6e-3, "float16": 6e-3},
 }
 #: What float16 need not repeat: sizes of blocks that are lowered like their neighbours, and attention by fewer features
 #: than other cases have.
 LEFT_OUT = {
-    "coreml/exact": frozenset(),
-    "coreml/fp16": frozenset(
+    "coreml/exact": KERNELS_ONLY,
+    "coreml/fp16": KERNELS_ONLY
+    | frozenset(
         f"quantized_linear-int{bits}-block{block}-{kind}-7x{3 * block}"
         for bits, kind, kept in ((4, "symmetric", 16), (4, "zeros", 32), (8, "symmetric", 64), (8, "zeros", 128))
         for block in (16, 32, 64, 128)
