@@ -103,7 +103,7 @@ def _ranges(path: Path, samples: Sequence[Feeds], scratch: Path) -> dict[str, fl
     )
     calibrator.collect_data(_Reader(samples))
     found = calibrator.compute_data()
-    return {name: float(max(abs(float(bound)) for bound in found[value].range_value)) for name, value in inputs.items()}
+    return {name: float(np.abs(found[value].range_value).max()) for name, value in inputs.items()}
 
 
 def _outputs(path: Path, samples: Sequence[Feeds]) -> Outputs:

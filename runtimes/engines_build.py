@@ -17,6 +17,7 @@ from runtimes.engines import Machine
 from runtimes.errors import Fault
 from runtimes.files import storage_errors, write_durably
 from runtimes.session import OutOfDeviceMemory
+from runtimes.tensorrt_aot import NotAheadOfTime
 from runtimes.tensorrt_plugins import Registered, register, strip_functions
 
 _OUT_OF_MEMORY = ("out of memory", "outofmemory", "cudaerrormemoryallocation")
@@ -37,7 +38,17 @@ def build_engine(bundle: Bundle, artifact: Artifact, tensorrt: Any, workspace_mi
     Raises:
         ParserRejected: naming node and operator. BuildFailed. OutOfDeviceMemory. MissingPlugin.
     """
-    registered = register(bundle, artifact, tensorrt, bundle.folder / engines.FOLDER)
+    folder = bundle.folder / engines.FOLDER
+    try:
+        return _built(bundle, artifact, tensorrt, workspace_mib, register(bundle, artifact, tensorrt, folder))
+    except NotAheadOfTime:  # a launch that only the library can make, such as one with much shared memory
+        registered = register(bundle, artifact, tensorrt, folder, packaging="library")
+        return _built(bundle, artifact, tensorrt, workspace_mib, registered)
+
+
+def _built(
+    bundle: Bundle, artifact: Artifact, tensorrt: Any, workspace_mib: int | None, registered: Registered
+) -> tuple[bytes, str]:
     where = f"{artifact.component} ({artifact.label})"
     log = _logger(tensorrt)
     builder = tensorrt.Builder(log)

@@ -14,8 +14,8 @@ from typing import Any
 
 from runtimes.host import power_mode
 
-# "GPU MinFreq=306000000 MaxFreq=1300500000 CurrentFreq=306000000", "EMC MinFreq=... MaxFreq=...", "cpu0: Online=1 ..."
-_CLOCK = re.compile(r"^(\S+?):?\s.*?MinFreq=(\d+)\s+MaxFreq=(\d+)", re.MULTILINE)
+# "GPU MinFreq=306000000 MaxFreq=1300500000 CurrentFreq=306000000"; "EMC ... FreqOverride=1" is locked by that.
+_CLOCK = re.compile(r"^(\S+?):?\s.*?MinFreq=(\d+)\s+MaxFreq=(\d+)(?!.*FreqOverride=1)", re.MULTILINE)
 
 
 def why_not_timed(profile: Mapping[str, Any]) -> str:

@@ -52,3 +52,16 @@ def tiny_bundle(tiny_student: Path, make_tiny_student: MakeStudent, tmp_path_fac
         allow_failed=True,
     )
     return build(request)[0].folder
+
+
+@pytest.fixture(scope="session")
+def orin_bundle(tiny_student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The TensorRT artifacts of the int4 student for a Jetson AGX Orin; copy before changing it."""
+    from device_profiles import load_profile
+    from exporters.build import Request, build
+
+    output = tmp_path_factory.mktemp("orin") / "tiny"
+    request = Request(
+        load_profile("jetson-orin"), tiny_student, None, output, ("tensorrt",), bench=False, allow_failed=True
+    )
+    return build(request)[0].folder
