@@ -28,7 +28,7 @@ PLUGIN = {"plugin_namespace": EDGE, "plugin_version": "1"}
 #: Where codes, scales, zero points and bias begin among the inputs of our nodes.
 WEIGHTS_AT = {"EdgeLinear": 1, "EdgeLinearResidual": 1, "EdgeNormLinear": 2, "EdgeNormLinearSwiglu": 2, "EdgeHead": 2}
 #: Positions of the cache that one part of a decode step's attention covers, and parts at most.
-SPLIT, MOST_SPLITS = 128, 16
+SPLIT, MOST_SPLITS = 128, 64
 
 
 def _node(name: str, inputs, attributes, dtype, shape, version: int = 1) -> Tensor:
