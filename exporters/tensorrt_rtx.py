@@ -3,9 +3,11 @@
 For an RTX profile the engine is what ships. For any other device it is a proxy: the nearest architecture that this
 compiler knows stands in, and what is kept of it is the list of layers, which says what of our graph was fused.
 
-An engine is built in a process of its own (`python -m exporters.tensorrt_rtx`), which may be killed for its memory, and
-without address randomisation: the compiler counts its names up over a process and orders some layers by where they lie
-in memory (1.7.1.116: of 8 builds of one file one differed, of 14 with fixed addresses none).
+An engine is built in a process of its own (`python -m exporters.tensorrt_rtx`), which may be killed for its memory. The
+compiler counts its names up over a process and orders some layers by where they lie in memory, so for equal bytes that
+process is the same every time (1.7.1.116): without address randomisation (of 8 builds of one file one differed, of 14
+with fixed addresses none), and with a request, file names and an environment of equal lengths (20 builds from four
+folders gave four engines, one a folder).
 """
 
 from __future__ import annotations
@@ -29,6 +31,12 @@ from exporters.errors import ExportError
 PACKAGE = "tensorrt_rtx"
 #: Arguments of personality(2): ask, and ADDR_NO_RANDOMIZE (linux/personality.h).
 _QUERY, _NO_RANDOMIZE = 0xFFFFFFFF, 0x0040000
+#: Names in the child's working folder: the folder of the model, and the engine.
+_MODEL, _ENGINE = "model", "engine"
+#: What the child keeps of the environment.
+_KEPT = ("LD_LIBRARY_PATH", "SYSTEMROOT")
+#: What the compiler says where memory was lacking.
+_OUT_OF_MEMORY = ("bad_alloc", "OutOfMemory", "out of memory")
 #: sm of a profile -> (compute capability that is compiled for, whether it is the profile's own)
 CAPABILITIES: Mapping[str, tuple[str, bool]] = {
     **{f"sm_{number}": (f"SM{number}", True) for number in (75, 80, 86, 89, 120, 121)},
@@ -98,23 +106,40 @@ def compile_file(path: Path, sm: str, ranges: Ranges, *, engine: bool = True) ->
     """
     capability, own = CAPABILITIES[sm]
     with tempfile.TemporaryDirectory(prefix="tensorrt-rtx-") as folder:
-        target = Path(folder) / "engine"
-        request = {"model": str(path), "capability": capability if engine else "", "ranges": ranges, "out": str(target)}
-        command = [sys.executable, "-m", __name__, json.dumps(request)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        (Path(folder) / _MODEL).symlink_to(path.parent.resolve(), target_is_directory=True)
+        request = {"model": path.name, "capability": capability if engine else "", "ranges": ranges}
+        done = subprocess.run(
+            _command(),
+            input=json.dumps(request),
+            cwd=folder,
+            env=_environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         if done.returncode:
             raise EngineFailed(_death(done), where=str(path), way_out="Build on a machine with more memory.")
         answer = json.loads(done.stdout.splitlines()[-1])
         _raise(path, answer)
-        made = target.read_bytes() if engine else b""
+        made = (Path(folder) / _ENGINE).read_bytes() if engine else b""
     layers = tuple(Layer(row["name"], row["kind"], tuple(row["nodes"])) for row in answer["layers"])
     return Built(answer["compiler"], request["capability"], own, made, layers)
+
+
+def _command() -> list[str]:
+    """This module as a program. -P: the folder that it runs in, whose name differs, is no place for modules."""
+    return [sys.executable, "-P", "-m", "exporters.tensorrt_rtx"]
+
+
+def _environment() -> dict[str, str]:
+    kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
+    return kept | {"PYTHONPATH": str(Path(__file__).resolve().parents[1]), "PYTHONHASHSEED": "0"}
 
 
 def _death(done: subprocess.CompletedProcess[str]) -> str:
     if done.returncode < 0:
         return f"the compiler was ended by {signal.Signals(-done.returncode).name}"
-    return f"the compiler ended with {done.returncode}: {done.stderr.strip().splitlines()[-1:] or 'no message'}"
+    return f"the compiler ended with {done.returncode}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
 
 
 def _raise(path: Path, answer: Mapping[str, Any]) -> None:
@@ -123,6 +148,12 @@ def _raise(path: Path, answer: Mapping[str, Any]) -> None:
             f"the parser of {answer['compiler']} rejects {answer['rejected']}",
             where=str(path),
             way_out="Take the form out of the profile, or name another version of TensorRT in it.",
+        )
+    if any(sign in answer.get("failed", "") for sign in _OUT_OF_MEMORY):
+        raise EngineFailed(
+            f"{answer['compiler']} ran out of memory: {answer['failed']}",
+            where=str(path),
+            way_out="Build on a machine with more memory.",
         )
     if "failed" in answer:
         raise EngineFailed(
@@ -154,10 +185,12 @@ def _build(request: Mapping[str, Any]) -> dict[str, Any]:
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
-    if not parser.parse_from_file(request["model"]):
+    if not parser.parse_from_file(f"{_MODEL}/{request['model']}"):
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
         reasons = [f"node {e.node_name() or '?'} ({e.node_operator() or '?'}): {e.desc()}" for e in errors]
         return answer | {"rejected": "; ".join(reasons or log.errors) or "it and gives no reason"}
+    if not network.num_outputs:  # an empty file is parsed without complaint
+        return answer | {"rejected": "it: there is no graph in the file"}
     if not request["capability"]:
         return answer
     config = builder.create_builder_config()
@@ -175,7 +208,7 @@ def _build(request: Mapping[str, Any]) -> dict[str, Any]:
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         return answer | {"failed": "; ".join(log.errors) or "it gives no reason"}
-    Path(request["out"]).write_bytes(bytes(engine))
+    Path(_ENGINE).write_bytes(bytes(engine))
     return answer | {"layers": [asdict(layer) for layer in _layers(log.lines)]}
 
 
@@ -194,9 +227,9 @@ def _fix_addresses() -> None:
     personality = ctypes.CDLL(None).personality
     now = personality(_QUERY)
     if now != -1 and not now & _NO_RANDOMIZE and personality(now | _NO_RANDOMIZE) != -1:
-        os.execv(sys.executable, [sys.executable, "-m", "exporters.tensorrt_rtx", *sys.argv[1:]])
+        os.execv(sys.executable, _command())
 
 
 if __name__ == "__main__":
     _fix_addresses()
-    print(json.dumps(_build(json.loads(sys.argv[1]))))
+    print(json.dumps(_build(json.load(sys.stdin))))
