@@ -16,13 +16,20 @@ from exporters.program import Program, sources
 logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns about torchvision, which nothing here uses
 
 
-def to_onnx(program: Program, table: Mapping[object, Callable], opset: int, passes: Iterable[ModelPass]) -> ir.Model:
+def to_onnx(
+    program: Program,
+    table: Mapping[object, Callable],
+    opset: int,
+    passes: Iterable[ModelPass],
+    names: Mapping[str, str] | None = None,
+) -> ir.Model:
     """The program as an ONNX model whose large initializers are still to be loaded.
 
     Args:
         table: operator -> decomposition that re-expresses it.
         opset: version of the standard operator set.
         passes: what the model goes through after lowering, in order.
+        names: node of ``program`` -> node of the Program that it was traced anew from; None where it is that itself.
     """
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore", FutureWarning)  # raised inside torch by its own use of pytree
@@ -37,7 +44,10 @@ def to_onnx(program: Program, table: Mapping[object, Callable], opset: int, pass
             output_names=[spec.name for spec in program.outputs] + [state.output for state in program.states],
         )
     model = exported.model
-    context = Context(program, _origins(decomposed, exported.exported_program))
+    origins = _origins(decomposed, exported.exported_program)
+    if names is not None:
+        origins = {name: names[source] for name, source in origins.items() if source in names}
+    context = Context(program, origins)
     for edit in passes:
         edit(model, context)
     return model

@@ -32,7 +32,7 @@ from exporters.passes import model_passes
 from exporters.passes.attach_head import CANDIDATES, IDS, ROWS, VALUES
 from exporters.passes.drop_unused import drop_unused
 from exporters.passes.quantise_convolutions import quantise_convolutions
-from exporters.program import Program
+from exporters.program import Program, sources
 from exporters.tensorrt_functions import plugins
 from exporters.tensorrt_generations import RTX_GENERATION, Generation, generation_of
 from exporters.tensorrt_int8 import plan_int8
@@ -122,11 +122,12 @@ def lower(program: Program, kind: Kind, generation: Generation) -> tuple[Program
     form, mode = kind
     tables = _rope_tables(program) if form == FUSED else ()  # our attention rotates in float32
     typed = program if mode == "exact" else to_half(program, lambda name: name in tables)
+    names = None if typed is program else sources(typed.exported)
     if form == FUSED:
         typed = passes.apply(typed, passes.KERNELS)
     table = lowerings(FUSED if form == FUSED else generation.target, generation.group_norm)
     edits = model_passes.TENSORRT_FUSED if form == FUSED else model_passes.TENSORRT
-    model = to_onnx(typed, table, generation.opset, edits)
+    model = to_onnx(typed, table, generation.opset, edits, names)
     model.ir_version = generation.ir_version
     return typed, model
 
