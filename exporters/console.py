@@ -149,7 +149,7 @@ def print_summary(bundle: Bundle, report: Report, reused: bool) -> None:
         console.print("A budget of the profile is exceeded (see the budget rows of report.md).", style="yellow")
     if missing:
         console.print(
-            f"Not made here: {', '.join(missing)} (the profile names them; this version does not build them)."
+            f"Not made here: {', '.join(missing)} (the profile names them, --backends does not)."
         )
     console.print(
         f"{'Unchanged, reused' if reused else 'Published'}: {bundle.folder}  (* preferred; details in report.md)"

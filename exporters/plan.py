@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from device_profiles.schema import FORMS as KNOWN_FORMS
 from device_profiles.schema import Profile
-from exporters.backends import EXPORTERS, load_exporter
+from exporters.backends import load_exporter
 from exporters.errors import ExportError
 from exporters.program import Program
 from exporters.traffic import bytes_per_token
@@ -74,8 +74,6 @@ def _left_out(
 ) -> str:
     if backends is not None and backend not in backends:
         return "not among --backends"
-    if backend not in EXPORTERS:
-        return "not built in this version"
     exporter = load_exporter(backend)
     if (form, mode) not in exporter.forms(program):
         return "float weights have no fast mode" if mode == "fast" else "this version has no such form"
@@ -83,19 +81,13 @@ def _left_out(
 
 
 def check_backends(names: Iterable[str]) -> tuple[str, ...]:
-    """The backends asked for. Raises PlanError for one that nobody knows or that is not built yet."""
+    """The backends asked for. Raises PlanError for one that nobody knows."""
     chosen = tuple(names)
     for name in chosen:
         if name not in KNOWN_FORMS:
             raise PlanError(
                 f"unknown backend {name!r}", where="--backends", way_out=f"Known: {', '.join(KNOWN_FORMS)}."
             )
-    if not set(chosen) & set(EXPORTERS):
-        raise PlanError(
-            f"none of {', '.join(chosen)} is built in this version",
-            where="--backends",
-            way_out=f"Built: {', '.join(EXPORTERS)}.",
-        )
     return chosen
 
 

@@ -226,7 +226,7 @@ def test_every_profile_is_listed_by_the_name_one_types(capsys: pytest.CaptureFix
         (["--profile", "raspberry-pi-4"], "Did you mean raspberry-pi-5?"),
         (["--profile", "../host"], "is not the name of a profile"),
         (["--profile", "host", "--backends", "onnx,onx"], "unknown backend 'onx'"),
-        (["--profile", "host", "--backends", "tensorrt"], "none of tensorrt is built"),
+        (["--profile", "host", "--backends", "tensorrt"], "nothing can be made for"),
         (["--profile", "host", "--package", "no/such/folder"], "no/such/folder"),
         (["--profile", "host", "--package", "{plain}", "--context", "7"], "7 positions are too few"),
         (["--profile", "host", "--package", "{plain}", "--context", "7", "--dry-run"], "7 positions are too few"),
