@@ -1,19 +1,23 @@
-"""The dozen functions of CUDA's driver that a session needs, by ctypes: no CUDA toolkit on the device, no package.
+"""The functions of CUDA's driver that a session needs, by ctypes: no CUDA toolkit on the device, no package.
 
-Source of names, constants and structures: cuda.h, CUDA Driver API.
+`Driver` is the `Device` of runtimes/device_engine.py. Source of names, constants and structures: cuda.h, CUDA Driver
+API.
 """
 
 from __future__ import annotations
 
 import ctypes
 from ctypes import byref, c_char, c_int, c_size_t, c_uint, c_void_p
+from typing import Any
+
+import numpy as np
 
 from runtimes.errors import Fault
-from runtimes.session import BackendUnavailable, OutOfDeviceMemory
+from runtimes.session import Array, BackendUnavailable, OutOfDeviceMemory
 
 _OUT_OF_MEMORY = 2
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
-_HOST_MEMORY, _DEVICE_MEMORY = 1, 2  # CU_MEMORYTYPE_*
+_DEVICE_MEMORY = 2  # CU_MEMORYTYPE_DEVICE
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 
@@ -50,10 +54,10 @@ class Driver:
             ) from error
         if self._cuda.cuInit(0):
             raise BackendUnavailable("finds no GPU", "libcuda.so.1", "Run this on the device that the bundle is for")
-        self._device, context, self.stream = c_int(), c_void_p(), c_void_p()
+        self._device, self._context, self.stream = c_int(), c_void_p(), c_void_p()
         self._call("cuDeviceGet", byref(self._device), 0)
-        self._call("cuDevicePrimaryCtxRetain", byref(context), self._device)
-        self._call("cuCtxSetCurrent", context)
+        self._call("cuDevicePrimaryCtxRetain", byref(self._context), self._device)
+        self.enter()
         self._call("cuStreamCreate", byref(self.stream), c_uint(_NON_BLOCKING))
 
     def close(self) -> None:
@@ -62,6 +66,10 @@ class Driver:
             self._cuda.cuStreamDestroy_v2(self.stream)
             self._cuda.cuDevicePrimaryCtxRelease_v2(self._device)
             self.stream = c_void_p()
+
+    def enter(self) -> None:
+        """See Device: a context is current in one thread, and a session may go from thread to thread."""
+        self._call("cuCtxSetCurrent", self._context)
 
     @property
     def name(self) -> str:
@@ -99,19 +107,16 @@ class Driver:
         self._call("cuMemsetD8Async", pointer, 0, c_size_t(max(size, 1)), self.stream)
         return int(pointer.value or 0)
 
-    def pinned(self, size: int) -> int:
-        """Host memory of ``size`` bytes that copies reach without a detour."""
-        pointer = c_void_p()
+    def pinned(self, size: int) -> Array:
+        """See Device. Raises OutOfDeviceMemory."""
+        pointer, context = c_void_p(), c_void_p()
         self._call("cuMemAllocHost_v2", byref(pointer), c_size_t(max(size, 1)))
-        return int(pointer.value or 0)
+        self._call("cuDevicePrimaryCtxRetain", byref(context), self._device)
+        return np.asarray(_Pinned(self._cuda, self._device, context, int(pointer.value or 0), size))
 
     def free(self, pointer: int) -> None:
         """Gives device memory back."""
         self._cuda.cuMemFree_v2(c_void_p(pointer))
-
-    def free_pinned(self, pointer: int) -> None:
-        """Gives pinned memory back."""
-        self._cuda.cuMemFreeHost(c_void_p(pointer))
 
     def to_device(self, target: int, source: int, size: int) -> None:
         """Host to device, in the stream's order."""
@@ -146,9 +151,13 @@ class Driver:
         self._cuda.cuGraphDestroy(graph)
         return executable
 
-    def launch(self, executable: c_void_p) -> None:
+    def launch(self, recorded: c_void_p) -> None:
         """Runs what was recorded."""
-        self._call("cuGraphLaunch", executable, self.stream)
+        self._call("cuGraphLaunch", recorded, self.stream)
+
+    def release(self, recorded: c_void_p) -> None:
+        """Forgets it."""
+        self._cuda.cuGraphExecDestroy(recorded)
 
     def _call(self, name: str, *arguments: object) -> None:
         code = getattr(self._cuda, name)(*arguments)
@@ -158,3 +167,23 @@ class Driver:
             text = ctypes.c_char_p()
             self._cuda.cuGetErrorString(code, byref(text))
             raise CudaError(f"{name}: {(text.value or b'error').decode()} ({code})", "CUDA")
+
+
+class _Pinned:
+    """Page-locked memory as an array's base: it goes, and its hold on the context with it, when no view is left."""
+
+    def __init__(self, cuda: ctypes.CDLL, device: c_int, context: c_void_p, pointer: int, size: int) -> None:
+        self._cuda, self._device, self._context, self._pointer = cuda, device, context, c_void_p(pointer)
+        self.__array_interface__: dict[str, Any] = {
+            "data": (pointer, False),
+            "shape": (size,),
+            "typestr": "|u1",
+            "version": 3,
+        }
+
+    def __del__(self) -> None:
+        # The last view may go in a thread that has another context, or none.
+        self._cuda.cuCtxPushCurrent_v2(self._context)
+        self._cuda.cuMemFreeHost(self._pointer)
+        self._cuda.cuCtxPopCurrent_v2(byref(c_void_p()))
+        self._cuda.cuDevicePrimaryCtxRelease_v2(self._device)

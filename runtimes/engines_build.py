@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import os
+import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from runtimes import engines
 from runtimes.bundle import Artifact, Bundle
-from runtimes.cuda_driver import Driver
-from runtimes.engines import Machine
 from runtimes.errors import Fault
 from runtimes.files import storage_errors, write_durably
-from runtimes.session import OutOfDeviceMemory
-from runtimes.tensorrt_aot import NotAheadOfTime
+from runtimes.tensorrt_log import failure, logger, summary
+from runtimes.tensorrt_options import options_of
 from runtimes.tensorrt_plugins import Registered, register, strip_functions
 
-_OUT_OF_MEMORY = ("out of memory", "outofmemory", "cudaerrormemoryallocation")
-_LINES = 5
+_OTHER_FORM = "Use the artifact of another form, or update TensorRT"
+_BUILD_SECONDS = 4 * 3600  # of a large model on a small board
 
 
 class ParserRejected(Fault):
@@ -32,25 +29,19 @@ class BuildFailed(Fault):
     """TensorRT parsed the file and built no engine."""
 
 
+class NeedsPackage(Fault):
+    """An artifact that only TensorRT's Python package can build, for its plugins are registered by it."""
+
+
 def build_engine(bundle: Bundle, artifact: Artifact, tensorrt: Any, workspace_mib: int | None) -> tuple[bytes, str]:
     """The engine, and how its plugins came ("none", "library" or "ahead-of-time").
 
     Raises:
         ParserRejected: naming node and operator. BuildFailed. OutOfDeviceMemory. MissingPlugin.
     """
-    folder = bundle.folder / engines.FOLDER
-    try:
-        return _built(bundle, artifact, tensorrt, workspace_mib, register(bundle, artifact, tensorrt, folder))
-    except NotAheadOfTime:  # a launch that only the library can make, such as one with much shared memory
-        registered = register(bundle, artifact, tensorrt, folder, packaging="library")
-        return _built(bundle, artifact, tensorrt, workspace_mib, registered)
-
-
-def _built(
-    bundle: Bundle, artifact: Artifact, tensorrt: Any, workspace_mib: int | None, registered: Registered
-) -> tuple[bytes, str]:
+    registered = register(bundle, artifact, tensorrt, bundle.folder / engines.FOLDER)
     where = f"{artifact.component} ({artifact.label})"
-    log = _logger(tensorrt)
+    log = logger(tensorrt)
     builder = tensorrt.Builder(log)
     typed = getattr(tensorrt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # TensorRT 11 knows nothing else
     network = builder.create_network(0 if typed is None else 1 << int(typed))
@@ -58,7 +49,7 @@ def _built(
     model = bundle.file(artifact.model)
     # Weights lie beside the model; the path tells the parser where.
     if not parser.parse(_bytes(model, registered), str(model)):
-        raise _rejection(parser, log, where)
+        raise _rejection(parser, log.errors, where)
     config = builder.create_builder_config()
     if workspace_mib is not None:
         config.set_memory_pool_limit(tensorrt.MemoryPoolType.WORKSPACE, workspace_mib << 20)
@@ -69,16 +60,16 @@ def _built(
         if feature is not None:
             config.set_preview_feature(feature, True)
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
-    for shapes in artifact.options["ranges"].values():
+    for shapes in options_of(artifact).ranges.values():
         profile = builder.create_optimization_profile()
         for tensor in inputs:
             if -1 in tuple(tensor.shape):
-                profile.set_shape(tensor.name, *map(tuple, shapes[tensor.name]))
+                profile.set_shape(tensor.name, *shapes[tensor.name])
         config.add_optimization_profile(profile)
     cache = _timing_cache(bundle, config)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
-        raise _failure(log.errors, where)
+        raise _failed(log.errors, where)
     if cache is not None:
         _keep(bundle, bytes(cache.serialize()))
     return bytes(engine), registered.packaging
@@ -89,23 +80,9 @@ def _bytes(model: Path, registered: Registered) -> bytes:
     return strip_functions(model.read_bytes(), registered.ops) if registered.ops else model.read_bytes()
 
 
-def _logger(tensorrt: Any) -> Any:
-    class Log(tensorrt.ILogger):
-        """Keeps what the vendor calls an error, for the message."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (tensorrt.ILogger.Severity.ERROR, tensorrt.ILogger.Severity.INTERNAL_ERROR):
-                self.errors.append(message)
-
-    return Log()
-
-
 def _timing_cache(bundle: Bundle, config: Any) -> Any:
-    """Timings of an earlier build; one of another version or GPU is not taken, and a new one begun."""
+    """Timings of an earlier build on this machine (see `engines.discard_foreign`); those of another version or GPU are
+    not taken, and new ones begun."""
     path = bundle.folder / engines.TIMING_CACHE
     held = path.read_bytes() if path.is_file() else b""
     for content in (held, b""):
@@ -122,63 +99,82 @@ def _keep(bundle: Bundle, timings: bytes) -> None:
         write_durably(path, timings)
 
 
-def _rejection(parser: Any, log: Any, where: str) -> ParserRejected:
+def _rejection(parser: Any, errors: list[str], where: str) -> ParserRejected:
     found = [parser.get_error(index) for index in range(parser.num_errors)]
     nodes = [f"node {error.node_name() or '?'} ({error.node_operator() or '?'}): {error.desc()}" for error in found]
-    what = "; ".join(nodes or log.errors) or "it, and gives no reason"
-    return ParserRejected(f"the parser rejects {what}", where, "Use the artifact of another form, or update TensorRT")
+    what = "; ".join(nodes or errors) or "it, and gives no reason"
+    return ParserRejected(f"the parser rejects {what}", where, _OTHER_FORM)
 
 
-def _failure(errors: Sequence[str], where: str) -> Fault:
-    text = "; ".join(errors[:_LINES]) or "TensorRT gives no reason"
-    if any(sign in text.lower().replace("_", "") for sign in _OUT_OF_MEMORY):
-        return OutOfDeviceMemory(f"out of memory while building: {text}", where, "Give less with --workspace-mib")
-    return BuildFailed(f"no engine: {text}", where, "Use the artifact of another form, or update TensorRT")
+def _failed(errors: list[str], where: str) -> Fault:
+    return failure(errors, "building", where, BuildFailed(f"no engine: {summary(errors)}", where, _OTHER_FORM))
 
 
-def build_with_trtexec(bundle: Bundle, artifacts: Sequence[Artifact], driver: Driver, tool: Path) -> Machine:
-    """Builds by the vendor's command where its Python package is missing; artifacts with plugins need the package.
-
-    The engines can be used once the package is there: it is what a session runs them with.
-
-    Raises:
-        BuildFailed, OutOfDeviceMemory: with the command's last words.
-    """
+# --- trtexec --------------------------------------------------------------------------------------------------------
+def find_trtexec(tool: Path) -> tuple[str, str]:
+    """The command, and its version as in "10.3.0". Raises BuildFailed where it is not there or does not say."""
+    way_out = "Give the path of trtexec, as /usr/src/tensorrt/bin/trtexec"
     found = shutil.which(str(tool))
     if found is None:
-        raise BuildFailed("is not there", str(tool), "Give the path of trtexec, as /usr/src/tensorrt/bin/trtexec")
-    version = subprocess.run([found, "--help"], capture_output=True, text=True, timeout=60, check=False).stdout
-    machine = Machine(
-        f"TensorRT {_version(version)}", driver.sm, driver.name, driver.uuid, driver.cuda, engines.this_system()
-    )
-    for artifact in artifacts:
-        label = f"{artifact.component} ({artifact.label})"
-        if artifact.options.get("plugins"):
-            print(f"{label}: left out: its plugins need TensorRT's Python package")
-            continue
-        with tempfile.TemporaryDirectory() as scratch:
-            target = Path(scratch) / "engine"
-            command = trtexec_command(found, bundle, artifact, target)
-            done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ})
-            if done.returncode or not target.is_file():
-                raise _failure([line for line in done.stdout.splitlines() if "[E]" in line][-_LINES:], label)
-            engines.store(bundle, artifact, target.read_bytes(), machine)
-            print(f"{label}: built by trtexec")
-    return machine
+        raise BuildFailed("is not there, or no program", str(tool), way_out)
+    try:
+        done = subprocess.run([found, "--help"], capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildFailed(f"does not answer ({error})", found, way_out) from error
+    version = trtexec_version(done.stdout)
+    if version is None:
+        raise BuildFailed("does not say its version", found, way_out)
+    return found, version
 
 
-def _version(text: str) -> str:
+def trtexec_version(text: str) -> str | None:
     """Of the banner "&&&& RUNNING TensorRT.trtexec [TensorRT v100300]": two digits each for minor and patch."""
-    digits = next((part for part in text.replace("]", " ").split() if part[:1] == "v" and part[1:].isdigit()), "v0")
-    number = int(digits[1:])
+    match = re.search(r"\[TensorRT v(\d{6})\]", text)
+    if match is None:
+        return None
+    number = int(match[1])
     return f"{number // 10000}.{number // 100 % 100}.{number % 100}"
 
 
-def trtexec_command(tool: str, bundle: Bundle, artifact: Artifact, target: Path) -> list[str]:
+def build_with_trtexec(
+    bundle: Bundle, artifact: Artifact, tool: str, workspace_mib: int | None = None
+) -> tuple[bytes, str]:
+    """As `build_engine`, by the vendor's command; a session still needs the package to run the engine.
+
+    Raises:
+        BuildFailed, OutOfDeviceMemory: with the command's last words.
+        NeedsPackage: the artifact has plugins.
+    """
+    where = f"{artifact.component} ({artifact.label})"
+    if options_of(artifact).plugins:
+        raise NeedsPackage("its plugins need TensorRT's Python package", where, "Install it, or use the form typed")
+    kept = bundle.folder / engines.TIMING_CACHE
+    with tempfile.TemporaryDirectory() as scratch, storage_errors(Path(scratch)):
+        target, timings = Path(scratch) / "engine", Path(scratch) / "timing.cache"
+        if kept.is_file():
+            timings.write_bytes(kept.read_bytes())
+        command = trtexec_command(tool, bundle, artifact, target, timings, workspace_mib)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_SECONDS, check=False)
+        except subprocess.TimeoutExpired as error:
+            raise BuildFailed(f"no engine within {_BUILD_SECONDS} s", where, _OTHER_FORM) from error
+        if done.returncode or not target.is_file():
+            lines = f"{done.stdout}\n{done.stderr}".splitlines()
+            raise _failed([line for line in lines if "[E]" in line] or lines[-1:], where)
+        if timings.is_file():
+            _keep(bundle, timings.read_bytes())
+        return target.read_bytes(), "none"
+
+
+def trtexec_command(
+    tool: str, bundle: Bundle, artifact: Artifact, target: Path, timings: Path, workspace_mib: int | None = None
+) -> list[str]:
     """The command line: one `--profile` for each shape range."""
     command = [tool, f"--onnx={bundle.file(artifact.model)}", f"--saveEngine={target}", "--stronglyTyped", "--noTF32"]
-    command += ["--skipInference", f"--timingCacheFile={bundle.folder / engines.TIMING_CACHE}"]
-    for index, shapes in enumerate(artifact.options["ranges"].values()):
+    command += ["--skipInference", f"--timingCacheFile={timings}"]
+    if workspace_mib is not None:
+        command.append(f"--memPoolSize=workspace:{workspace_mib}")
+    for index, shapes in enumerate(options_of(artifact).ranges.values()):
         command.append(f"--profile={index}")
         for which, flag in enumerate(("minShapes", "optShapes", "maxShapes")):
             text = ",".join(f"{name}:{'x'.join(map(str, sizes[which]))}" for name, sizes in shapes.items())

@@ -14,9 +14,8 @@ import pytest
 from device_profiles import load_profile
 from runtimes.bundle import Bundle, load_bundle
 from runtimes.engines import Machine
-from runtimes.engines_build import _version, trtexec_command
+from runtimes.engines_build import trtexec_command, trtexec_version
 from runtimes.finalize import WrongDevice, check_device
-from runtimes.jetson import reasons
 from tests.runtimes.bundle_edits import copy_bundle
 
 ORIN = Machine("TensorRT 10.3.0", "sm_87", "Orin", "ab" * 16, "12.6", "linux aarch64")
@@ -58,36 +57,9 @@ def test_another_device_is_refused_by_what_differs(change: dict[str, str], words
         check_device(load_profile("jetson-orin").as_dict(), replace(ORIN, **change))
 
 
-LOCKED = """SOC family:tegra234  Machine:NVIDIA Jetson AGX Orin Developer Kit
-Online CPUs: 0-11
-cpu0: Online=1 Governor=schedutil MinFreq=2201600 MaxFreq=2201600 CurrentFreq=2201600 IdleStates: WFI=0 c7=0
-GPU MinFreq=1300500000 MaxFreq=1300500000 CurrentFreq=1300500000
-EMC MinFreq=204000000 MaxFreq=3199000000 CurrentFreq=3199000000 FreqOverride=1
-"""
-FREE = LOCKED.replace("GPU MinFreq=1300500000", "GPU MinFreq=306000000")
-
-
-@pytest.mark.parametrize(
-    ("wanted", "mode", "shown", "words"),
-    [
-        ("MAXN", "MAXN", LOCKED, ""),
-        ("MAXN", "MODE_30W", LOCKED, "power mode is MODE_30W, the profile's is MAXN"),
-        ("25W", "MODE_25W", None, ""),
-        ("MAXN", "MAXN", FREE, "clocks of GPU are not locked"),
-        (None, "MAXN", None, ""),
-        (None, None, None, ""),
-    ],
-)
-def test_a_state_that_is_not_the_profiles_is_not_timed(
-    wanted: str | None, mode: str | None, shown: str | None, words: str
-) -> None:
-    found = reasons(wanted, mode, shown)
-    assert found.startswith(words) if words else found == ""
-
-
 def test_trtexec_gets_every_shape_range(original: Bundle) -> None:
     artifact = original.artifact("lm", "tensorrt", "typed")
-    command = trtexec_command("trtexec", original, artifact, Path("engine"))
+    command = trtexec_command("trtexec", original, artifact, Path("engine"), Path("timings"), 512)
     longest = artifact.options["ranges"]["prefill"]["ids"][2][1]
     for flag in (
         "--profile=0",
@@ -95,6 +67,8 @@ def test_trtexec_gets_every_shape_range(original: Bundle) -> None:
         "--minShapes=ids:1x1",
         f"--maxShapes=ids:1x{longest}",
         "--stronglyTyped",
+        "--timingCacheFile=timings",
+        "--memPoolSize=workspace:512",
     ):
         assert flag in command
     assert command.index("--profile=1") > command.index("--maxShapes=ids:1x1")
@@ -102,10 +76,16 @@ def test_trtexec_gets_every_shape_range(original: Bundle) -> None:
 
 @pytest.mark.parametrize(
     ("banner", "version"),
-    [("&&&& RUNNING TensorRT.trtexec [TensorRT v100300] # trtexec", "10.3.0"), ("[TensorRT v101303]", "10.13.3")],
+    [
+        ("&&&& RUNNING TensorRT.trtexec [TensorRT v100300] # trtexec", "10.3.0"),
+        ("&&&& RUNNING TensorRT.trtexec [TensorRT v101303] [b9] # trtexec --help", "10.13.3"),
+        ("[TensorRT v8502]", None),  # of before 10
+        ("usage: another program", None),
+        ("", None),
+    ],
 )
-def test_the_version_of_trtexec(banner: str, version: str) -> None:
-    assert _version(banner) == version
+def test_the_version_of_trtexec(banner: str, version: str | None) -> None:
+    assert trtexec_version(banner) == version
 
 
 def finalize(folder: Path) -> subprocess.CompletedProcess[str]:
