@@ -168,7 +168,7 @@ def test_states_are_float16_and_tables_as_the_caller_says(kept: bool) -> None:
         torch.testing.assert_close(new.float(), wanted, rtol=5e-3, atol=5e-3, equal_nan=True)
 
 
-@pytest.mark.parametrize("variant", ["int4", "float"])
+@pytest.mark.parametrize("variant", ["int4", pytest.param("float", marks=pytest.mark.long)])
 def test_nothing_of_a_language_model_stays_float32_by_accident(variant: str, make_tiny_student: MakeStudent) -> None:
     program = to_half(capture_lm(load_student(make_tiny_student(variant=variant)), 64))
     lookups = {ops.quantized_embedding.overload: 1} if variant == "int4" else {}

@@ -19,6 +19,7 @@ from exporters.onnx_ import FORMS, lower
 from exporters.onnx_weights import read_matrices
 from exporters.passes.attach_weights import attach_weights
 from exporters.passes.context import Context
+from exporters.passes.drop_unused import drop_unused
 from exporters.passes.mark_origins import MODULE, NODE
 from exporters.passes.set_accuracy_level import set_fast_accuracy
 from exporters.passes.settle_reshapes import settle_reshapes
@@ -113,7 +114,8 @@ def dequantising(bits: int, zeros: bool, gathered: bool = False) -> tuple[ir.Mod
 @pytest.mark.parametrize("zeros", [True, False])
 def test_type_codes_keeps_the_bytes(bits: int, zeros: bool, program: Program) -> None:
     model, weights = dequantising(bits, zeros)
-    type_codes(model, Context(program))
+    for edit in (type_codes, drop_unused):
+        edit(model, Context(program))
     [node] = model.graph
     codes, scales, points = (value.const_value for value in node.inputs)
     wanted = {4: ir.DataType.UINT4, 8: ir.DataType.UINT8}[bits]

@@ -94,13 +94,12 @@ _WINDOW, _SEPARATE = "kv_attention-packed-groups2-rope-window-softcap", "kv_atte
 _PRODUCTS = {"quantized_linear-int8-block128-symmetric-33x130", "quantized_linear-int8-block16-zeros-1x37-bias"}
 _NORMS = {"add_rms_norm-float32-48", "group_norm_silu-image-float32-6in3", "rms_norm-float32-48"}
 USUAL = {
-    "tensorrt/decomposed/exact": frozenset({_SEPARATE, *_EACH, *_PRODUCTS}),
+    "tensorrt/decomposed/exact": frozenset({_SEPARATE, *_EACH, *_PRODUCTS} - {_USUAL_ATTENTION}),
     "tensorrt/decomposed/fp16": frozenset({_WINDOW}),
     "tensorrt/native/exact": frozenset({_WINDOW}),
-    "tensorrt/native/fp16": frozenset({_USUAL_ATTENTION, "quantized_linear-int4-block32-zeros-7x41", *_NORMS}),
+    "tensorrt/native/fp16": frozenset({_USUAL_ATTENTION, *_NORMS}),
     "tensorrt/fused/fp16": frozenset(
         {
-            _USUAL_ATTENTION,
             _WINDOW,
             "kv_attention-packed-groups2-rope-batch2",
             "projection-int4-block32-zeros-9x41-bias-residual",
