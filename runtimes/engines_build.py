@@ -18,6 +18,7 @@ from runtimes.tensorrt_options import options_of
 from runtimes.tensorrt_plugins import Registered, register, strip_functions
 
 _OTHER_FORM = "Use the artifact of another form, or update TensorRT"
+_LAST_LINES = 3  # of a command that marks none as its error
 _BUILD_SECONDS = 4 * 3600  # of a large model on a small board
 
 
@@ -159,8 +160,8 @@ def build_with_trtexec(
         except subprocess.TimeoutExpired as error:
             raise BuildFailed(f"no engine within {_BUILD_SECONDS} s", where, _OTHER_FORM) from error
         if done.returncode or not target.is_file():
-            lines = f"{done.stdout}\n{done.stderr}".splitlines()
-            raise _failed([line for line in lines if "[E]" in line] or lines[-1:], where)
+            lines = list(filter(str.strip, f"{done.stdout}\n{done.stderr}".splitlines()))
+            raise _failed([line for line in lines if "[E]" in line] or lines[-_LAST_LINES:], where)
         if timings.is_file():
             _keep(bundle, timings.read_bytes())
         return target.read_bytes(), "none"

@@ -47,7 +47,7 @@ def seal(content: bytes) -> str:
 def is_sealed(content: bytes, code: str) -> bool:
     """Whether ``code`` is this machine's seal of the content. Makes no key."""
     key = _read()
-    return key is not None and hmac.compare_digest(_code(key, content).encode(), code.encode())
+    return key is not None and hmac.compare_digest(_code(key, content).encode(), code.encode(errors="replace"))
 
 
 def _code(key: bytes, content: bytes) -> str:

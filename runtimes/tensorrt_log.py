@@ -42,4 +42,4 @@ def failure(errors: Sequence[str], stage: str, where: str, otherwise: Fault) -> 
 
 def summary(errors: Sequence[str]) -> str:
     """The first few messages, as one line."""
-    return "; ".join(" ".join(error.split()) for error in errors[:_LINES]) or "TensorRT gives no reason"
+    return "; ".join(" ".join(error.split()).rstrip(".") for error in errors[:_LINES]) or "TensorRT gives no reason"
