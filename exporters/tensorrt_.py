@@ -78,6 +78,13 @@ class TensorRtExporter:
         for name, matrix in program.inherited.items():
             if matrix.bits not in (4, 8):
                 reasons.append(f"{program.entry}: {name} has {matrix.bits} bits, TensorRT has INT4 and INT8")
+            elif (
+                matrix.bits == 8 and kind[0] == TYPED and not generation.int8_blocks and not _per_channel(program, name)
+            ):
+                reasons.append(
+                    f"{program.entry}: {name} has 8-bit weights in blocks, TensorRT {profile.tensorrt_version} "
+                    f"dequantises INT8 per channel alone; our kernels ({FUSED}) take them"
+                )
         return reasons
 
     def export(self, job: Job) -> tuple[Artifact, ...]:
@@ -139,6 +146,12 @@ def _quantise(job: Job, model: ir.Model, generation: Generation) -> dict[str, An
     quantise_convolutions(model, plan.ranges)
     drop_unused(model)
     return {"float_layers": list(plan.floating), "snr_db": round(plan.snr_db, 2)}
+
+
+def _per_channel(program: Program, name: str) -> bool:
+    """Whether a matrix has one scale a row and no zero points. Its scales are read, which are few."""
+    scales = program.constants[f"{name}.scales"].load()
+    return f"{name}.zeros" not in program.constants and bool((scales == scales[:, :1]).all())
 
 
 def _rope_tables(program: Program) -> set[str]:
