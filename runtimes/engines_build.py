@@ -51,6 +51,8 @@ def build_engine(bundle: Bundle, artifact: Artifact, tensorrt: Any, workspace_mi
     # Weights lie beside the model; the path tells the parser where.
     if not parser.parse(_bytes(model, registered), str(model)):
         raise _rejection(parser, log.errors, where)
+    if not network.num_outputs:  # an empty file is parsed without complaint
+        raise ParserRejected("the parser finds no graph in the file", where, "Fetch or build the bundle again")
     config = builder.create_builder_config()
     if workspace_mib is not None:
         config.set_memory_pool_limit(tensorrt.MemoryPoolType.WORKSPACE, workspace_mib << 20)
@@ -67,7 +69,7 @@ def build_engine(bundle: Bundle, artifact: Artifact, tensorrt: Any, workspace_mi
             if -1 in tuple(tensor.shape):
                 profile.set_shape(tensor.name, *shapes[tensor.name])
         config.add_optimization_profile(profile)
-    cache = _timing_cache(bundle, config)
+    cache = None if tensorrt.__name__ == "tensorrt_rtx" else _timing_cache(bundle, config)  # that one times nothing
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         raise _failed(log.errors, where)

@@ -36,6 +36,10 @@ class TensorRtPlan:
             raise self._failed("loading the engine", f"{title} does not take the engine", WrongEngine)
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         types = {name: np.dtype(tensorrt.nptype(self._engine.get_tensor_dtype(name))) for name in names}
+        shapes = [name for name in names if self._engine.is_shape_inference_io(name)]
+        if shapes:
+            # It would be read from the host's memory while a run is put into the stream, and be lost in a recording.
+            raise WrongEngine(f"takes the values of {shapes[0]!r} for shapes", self._where, _AGAIN)
         is_input = {n: self._engine.get_tensor_mode(n) == tensorrt.TensorIOMode.INPUT for n in names}
         self.inputs: Mapping[str, np.dtype[Any]] = {name: types[name] for name in names if is_input[name]}
         self.outputs: Mapping[str, np.dtype[Any]] = {name: types[name] for name in names if not is_input[name]}

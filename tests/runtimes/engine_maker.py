@@ -284,7 +284,10 @@ class OnnxPlan:
     """The `Plan` protocol over ONNX Runtime: tensors are read and written where they were bound."""
 
     def __init__(self, bundle: Bundle, artifact: Artifact, device: HostDevice, *, capturable: bool = True) -> None:
-        self._session = onnxruntime.InferenceSession(bundle.file(artifact.model).read_bytes())
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # else activations are int8
+        self._session = onnxruntime.InferenceSession(bundle.file(artifact.model), options)
         self._device, self._capturable = device, capturable
         self.inputs = {each.name: np.dtype(_TYPES[each.type]) for each in self._session.get_inputs()}
         self.outputs = {each.name: np.dtype(_TYPES[each.type]) for each in self._session.get_outputs()}
@@ -345,11 +348,11 @@ _TYPES = {
 
 
 def engine_session(
-    bundle: Bundle, component: str = "lm", *, capturable: bool = True, limit: int = 1 << 30
+    bundle: Bundle, component: str = "lm", *, capturable: bool = True
 ) -> tuple[EngineSession, HostDevice, OnnxPlan]:
     """A session whose device is the host."""
-    artifact = bundle.artifact(component)
-    device = HostDevice(limit)
+    artifact = bundle.artifact(component, "tensorrt")
+    device = HostDevice()
     plan = OnnxPlan(bundle, artifact, device, capturable=capturable)
     engine = DeviceEngine(plan, device, artifact)
     return EngineSession(engine, artifact, limits_of(bundle, artifact)), device, plan

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from onnx import TensorProto
 
+from exporters.backends import Kind
 from runtimes.bundle import Bundle
 from runtimes.device_engine import DeviceEngine
-from runtimes.session import KvOverflow, OutOfDeviceMemory, SessionClosed, limits_of
+from runtimes.session import KvOverflow, OutOfDeviceMemory, SessionClosed, limits_of, open_session
 from runtimes.tensorrt_engine import EngineSession
 from tests.runtimes.engine_maker import (
     CAPACITY,
@@ -28,6 +29,7 @@ from tests.runtimes.engine_maker import (
     expected,
     tiny_engine_bundle,
 )
+from tests.tensorrt_maker import FUSED, JETSON, TYPED, exported
 
 
 @pytest.fixture(scope="module", params=["aliased", "delta"])
@@ -198,3 +200,24 @@ def test_a_step_of_a_model_without_such_a_head(tmp_path: Path) -> None:
     ids = tokens(5)
     np.testing.assert_array_equal(feed(session, ids), expected(ids))
     assert session.candidates == 0 and Counter(device.calls)["to_device"] == 2
+
+
+@pytest.mark.parametrize("kind", [TYPED, FUSED], ids=lambda kind: kind[0])
+def test_the_students_own_files_run_like_this(tiny_student: Path, tmp_path: Path, kind: Kind) -> None:
+    """Names, types, ranges and states of a real artifact, "delta" and "aliased": pieces give what ONNX Runtime's own
+    session of the file gives, to float16's last bits."""
+    made = exported(tiny_student, "lm", JETSON, kind)
+    real = made.bundle(tmp_path)
+    ids = np.random.default_rng(1).integers(0, real.vocab_size, (1, 12)).astype(np.int32)
+    with open_session(real, made.artifact) as whole:
+        wanted = np.array(whole.run({"ids": ids})["logits"])
+    session, device, _ = engine_session(real)
+    with session:
+        for begin, end in ((0, 9), (9, 10), (10, 11), (11, 12)):
+            got = np.array(session.run({"ids": ids[:, begin:end]})["logits"])
+        np.testing.assert_allclose(got, wanted, atol=5e-3 * np.abs(wanted).max())
+        assert Counter(device.calls)["launch"] == 2
+        if session.candidates:
+            session.reset()
+            _, best = session.run_top({"ids": ids}, 0, real.vocab_size)
+            assert best[0] == got.argmax()
