@@ -148,9 +148,7 @@ def print_summary(bundle: Bundle, report: Report, reused: bool) -> None:
     if any(row.gate == "budget" and row.status == "failed" for row in report.results):
         console.print("A budget of the profile is exceeded (see the budget rows of report.md).", style="yellow")
     if missing:
-        console.print(
-            f"Not made here: {', '.join(missing)} (the profile names them, --backends does not)."
-        )
+        console.print(f"Not made here: {', '.join(missing)} (the profile names them, --backends does not).")
     console.print(
         f"{'Unchanged, reused' if reused else 'Published'}: {bundle.folder}  (* preferred; details in report.md)"
     )
