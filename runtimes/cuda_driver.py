@@ -82,7 +82,7 @@ class Driver:
     def uuid(self) -> str:
         """Of the GPU, as hexadecimal digits: no other has it."""
         raw = (c_char * 16)()
-        self._call("cuDeviceGetUuid", raw, self._device)
+        self._call("cuDeviceGetUuid_v2", raw, self._device)
         return bytes(raw).hex()
 
     @property

@@ -162,8 +162,7 @@ def finalize(bundle: Bundle, options: argparse.Namespace) -> int:
     selection = Selection(options.component, BACKEND, on_device=True)
     report = read_report(bundle.folder)
     results = with_identity(check(bundle, selection), machine)
-    device = {**asdict(machine), "state": gpu_state(machine.uuid)}
-    report = report.merged(results=results, environment={**environment(), "device": device})
+    report = report.merged(results=results, environment={**environment(), **_device(machine)})
     write_report(bundle.folder, report)
     print_report(Report(results=tuple(results)))
     _time(bundle, selection, machine, report, options.no_bench)
@@ -178,8 +177,14 @@ def _time(bundle: Bundle, selection: Selection, machine: Machine, report: Report
     rows, measured_on = bench(bundle, selection, USUAL)
     rows = [replace(row, where=f"{row.where}; on {identity(machine)}") for row in rows]
     budgets = [row for row in check_budgets(bundle, rows) if row.backend == BACKEND]
-    write_report(bundle.folder, report.merged(results=budgets, latency=rows, environment=measured_on))
+    here = {**measured_on, **_device(machine)}
+    write_report(bundle.folder, report.merged(results=budgets, latency=rows, environment=here))
     print_report(Report(results=tuple(budgets), latency=tuple(rows)))
+
+
+def _device(machine: Machine) -> dict[str, Any]:
+    """The report's entry on the device, with what a discrete GPU says of its clocks and power now."""
+    return {"device": {**asdict(machine), "state": gpu_state(machine.uuid)}}
 
 
 def _compiler(
