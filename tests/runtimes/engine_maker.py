@@ -134,7 +134,7 @@ def tiny_engine_bundle(folder: Path, states: str = "aliased", *, head: bool = Tr
     (folder / "golden/lm.safetensors").write_bytes(b"golden")
     (folder / "tensorrt/lm.typed.fp16.onnx").write_bytes(counting_model(states, head).SerializeToString())
     (folder / "tensorrt/audio.typed.fp16.onnx").write_bytes(decoder_model().SerializeToString())
-    compiled = {"compiled": {"status": "built", "compiler": "TensorRT-RTX 1.7.1.116", "layers": 3, "patterns": {}}}
+    compiled = {"status": "built", "compiler": "TensorRT-RTX 1.7.1.116", "capability": "SM89", "layers": 3}
     common = {"generation": "rtx" if rtx else "10.3", "sm": "sm_89" if rtx else "sm_87", "plugins": []}
     base = {"backend": "tensorrt", "form": "typed", "mode": "fp16", "bytes_per_token": 0, "operators": {}}
     base |= {"precision": {"weights": "float16", "activations": "float16"}, "preferred": True}
@@ -179,7 +179,7 @@ def tiny_engine_bundle(folder: Path, states: str = "aliased", *, head: bool = Tr
         engine = artifact["model"].replace(".onnx", ".engine")
         (folder / engine).write_bytes(f"the engine of {artifact['component']}".encode() * 50)
         artifact["files"] = [artifact["model"], engine]
-        artifact["options"] |= {"engine": engine, **compiled}
+        artifact["options"] |= {"engine": engine, "compiled": {**compiled, "patterns": {}}}
     names = [f"engines/{a['component']}.typed.fp16.{end}" for a in (lm, audio) for end in ("engine", "json")]
     device = ("rtx-4090", "x86_64", "sm_89", "TensorRT-RTX 1.7.1.116") if rtx else ("orin", "aarch64", "sm_87", "10.3")
     name, arch, sm, version = device

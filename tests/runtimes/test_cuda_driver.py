@@ -5,38 +5,23 @@ It is compiled with the real cuda.h: a name that the header does not declare, or
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-HEADERS = next(
-    (path for path in (Path("/usr/local/cuda/include"), Path("/usr/include")) if (path / "cuda.h").is_file()), None
-)
-COMPILER = shutil.which("cc") or shutil.which("gcc")
-pytestmark = pytest.mark.skipif(HEADERS is None or COMPILER is None, reason="needs cuda.h and a C compiler")
+from tests.runtimes.host_driver import needs_headers, with_host_driver
+
+ROOT = Path(__file__).parents[2]
+pytestmark = needs_headers
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("driver")
-    command = [str(COMPILER), "-std=c11", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Werror=implicit", "-fPIC"]
-    command += ["-shared", f"-I{HEADERS}", str(HERE / "driver_on_host.c"), "-o", str(folder / "libcuda.so.1")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return folder
-
-
-def run(library: Path, script: str, **variables: str) -> list[str]:
+def run(script: str, **variables: str) -> list[str]:
     """What a script prints, in a process whose libcuda.so.1 is the one above."""
     start = "import ctypes, gc, numpy as np\nfrom runtimes.cuda_driver import Driver\n"
     start += "cuda = ctypes.CDLL('libcuda.so.1')\n"
-    environment = {**os.environ, "LD_LIBRARY_PATH": str(library), **variables}
+    environment = with_host_driver(**variables)
     done = subprocess.run(
         [sys.executable, "-c", start + script], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
@@ -44,17 +29,17 @@ def run(library: Path, script: str, **variables: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_what_the_device_is(library: Path) -> None:
+def test_what_the_device_is() -> None:
     script = (
         "driver = Driver(); print(driver.name, driver.uuid, driver.sm, driver.cuda); driver.close(); driver.close()"
     )
-    assert run(library, script + "; print(cuda.edge_left())") == [
+    assert run(script + "; print(cuda.edge_left())") == [
         "Orin f0f1f2f3f4f5f6f7f8f9fafbfcfdfeff sm_87 12.6",
         "0",
     ]
 
 
-def test_copies_there_and_back(library: Path) -> None:
+def test_copies_there_and_back() -> None:
     script = """
 driver = Driver()
 host, back = driver.pinned(24), driver.pinned(24)
@@ -77,10 +62,10 @@ del host, back, whole
 gc.collect()
 print(cuda.edge_left())
 """
-    assert run(library, script) == ["True", "True", "0"]
+    assert run(script) == ["True", "True", "0"]
 
 
-def test_pinned_memory_lives_as_long_as_a_view_of_it(library: Path) -> None:
+def test_pinned_memory_lives_as_long_as_a_view_of_it() -> None:
     script = """
 driver = Driver()
 view = driver.pinned(8).view(np.float32).reshape(1, 2)
@@ -92,10 +77,10 @@ del view
 gc.collect()
 print(cuda.edge_pinned(), cuda.edge_left())
 """
-    assert run(library, script) == ["[[1.5, 2.5]] 1", "0 0"]
+    assert run(script) == ["[[1.5, 2.5]] 1", "0 0"]
 
 
-def test_a_recording_is_launched_and_released(library: Path) -> None:
+def test_a_recording_is_launched_and_released() -> None:
     script = """
 driver = Driver()
 driver.begin_capture()
@@ -105,12 +90,12 @@ driver.release(recorded)
 driver.close()
 print(cuda.edge_left())
 """
-    assert run(library, script) == ["0"]
+    assert run(script) == ["0"]
 
 
-def test_entering_makes_the_context_the_threads(library: Path) -> None:
+def test_entering_makes_the_context_the_threads() -> None:
     script = "driver = Driver(); before = cuda.edge_current(); driver.enter(); print(cuda.edge_current() - before)"
-    assert run(library, script) == ["1"]
+    assert run(script) == ["1"]
 
 
 @pytest.mark.parametrize(
@@ -122,13 +107,13 @@ def test_entering_makes_the_context_the_threads(library: Path) -> None:
         ("driver.end_capture()", "CudaError", "cuStreamEndCapture: invalid argument (1)"),
     ],
 )
-def test_what_the_driver_refuses_is_named(library: Path, call: str, kind: str, words: str) -> None:
+def test_what_the_driver_refuses_is_named(call: str, kind: str, words: str) -> None:
     script = f"driver = Driver()\ntry:\n    {call}\nexcept Exception as error:\n    print(type(error).__name__, error)"
-    [said] = run(library, script)
+    [said] = run(script)
     assert said.startswith(f"{kind} CUDA: {words}")
 
 
-def test_a_driver_without_a_gpu(library: Path) -> None:
+def test_a_driver_without_a_gpu() -> None:
     script = "try:\n    Driver()\nexcept Exception as error:\n    print(type(error).__name__, error)"
-    [said] = run(library, script, EDGE_NO_GPU="1")
+    [said] = run(script, EDGE_NO_GPU="1")
     assert said.startswith("BackendUnavailable libcuda.so.1: finds no GPU")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +10,11 @@ import pytest
 
 from device_profiles import load_profile
 from runtimes import engines
-from runtimes.bundle import Artifact, Bundle, BundleBusy, load_bundle
+from runtimes.bundle import Artifact, Bundle, load_bundle
 from runtimes.engines import Machine
 from runtimes.engines_build import BuildFailed, NeedsPackage, ParserRejected, build_with_trtexec, find_trtexec
 from runtimes.errors import Fault
-from runtimes.finalize import WrongDevice, alone, check_device, ensure_engines, with_identity
+from runtimes.finalize import WrongDevice, check_device, ensure_engines, with_identity
 from runtimes.report import Result
 from runtimes.session import OutOfDeviceMemory
 from runtimes.tensorrt_log import failure
@@ -233,69 +231,3 @@ def test_out_of_memory_is_named_with_its_stage(message: str, memory: bool) -> No
         assert isinstance(found, OutOfDeviceMemory) and "out of memory while building" in str(found)
     else:
         assert found is other
-
-
-# One at a time, and what a killed run leaves
-
-HOLDER = """
-import sys
-from pathlib import Path
-from runtimes.finalize import alone
-with alone(Path(sys.argv[1])):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
-
-def test_two_runs_on_one_bundle(bundle: Bundle) -> None:
-    pipe = subprocess.PIPE
-    command = [sys.executable, "-c", HOLDER, str(bundle.folder)]
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as holder:
-        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-        with pytest.raises(BundleBusy, match="finished by another process"), alone(bundle.folder):
-            pass
-        done = run(bundle.folder)
-        assert done.returncode == 2 and "is being finished by another process" in done.stderr
-        holder.kill()
-        holder.wait()
-    with alone(bundle.folder):  # a lock ends with whoever held it
-        pass
-
-
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "runtimes.finalize", str(folder), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def test_what_a_killed_run_left_is_in_nobodys_way(bundle: Bundle) -> None:
-    folder = bundle.folder / engines.FOLDER
-    (folder / ".build-abc").mkdir(parents=True)
-    (folder / ".build-abc" / "libedge_plugins.so").write_bytes(b"half")
-    (folder / ".lm.typed.fp16.engine.new").write_bytes(b"half")
-    done = run(bundle.folder)
-    assert "is not in the manifest" not in done.stderr and list(folder.iterdir()) == []
-
-
-@pytest.mark.parametrize("what", ["nothing", "a file", "no bundle"])
-def test_what_is_no_bundle(tmp_path: Path, what: str) -> None:
-    path = tmp_path / "it"
-    if what == "a file":
-        path.write_text("x")
-    elif what == "no bundle":
-        path.mkdir()
-    done = run(path)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
-
-
-def test_a_bundle_of_another_signer_goes_no_further(bundle: Bundle, tmp_path: Path) -> None:
-    (tmp_path / "keys").mkdir()
-    before = sorted(os.listdir(bundle.folder))
-    done = run(bundle.folder, "--trust", str(tmp_path / "keys"))
-    assert done.returncode == 2 and "libcuda" not in done.stderr and "Traceback" not in done.stderr
-    assert sorted(os.listdir(bundle.folder)) == before
-
-
-@pytest.mark.parametrize("flag", ["--backend", "--mode", "--threads"])
-def test_options_of_other_commands_are_not_taken_in_silence(bundle: Bundle, flag: str) -> None:
-    done = run(bundle.folder, flag, "1")
-    assert done.returncode == 2 and f"unrecognized arguments: {flag}" in done.stderr
