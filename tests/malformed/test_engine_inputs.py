@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from runtimes import engines
+from runtimes import engines, machine_key
 from runtimes.bundle import Artifact, Bundle, BundleError, load_bundle
 from runtimes.engines import Machine, WrongEngine
 from runtimes.machine_key import is_sealed, key_path, seal
@@ -263,6 +263,12 @@ def test_checking_makes_no_key(bundle: Bundle, state: Path) -> None:
     assert not is_sealed(b"text", "0" * 64)
     refused(lambda: engines.read(bundle, lm(bundle), ORIN))
     assert not state.exists()
+
+
+def test_a_key_that_another_process_made_in_between_stays() -> None:
+    code = seal(b"text")
+    machine_key._make()  # as one does that has looked before there was a key
+    assert is_sealed(b"text", code)
 
 
 def test_two_processes_make_one_key(state: Path) -> None:
