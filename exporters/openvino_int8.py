@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,7 @@ import nncf
 import numpy as np
 import openvino as ov
 
-from exporters.sensitivity import CALIBRATED, MEASURED, WANTED_DB, Outputs, QuantisationFailed, float_layers
-
-Feeds = Mapping[str, np.ndarray]
+from exporters.sensitivity import MEASURED, WANTED_DB, Feeds, Outputs, calibration_samples, float_layers
 
 #: What is quantised. Transposed convolutions stay in float: the CPU plugin's int8 kernel of one took 13.6 ms where the
 #: float one takes 0.1 ms (2026.4), and they are the most sensitive layers of the reference audio decoder.
@@ -52,10 +50,7 @@ def quantise(model: ov.Model, feeds: Iterable[Feeds], where: str, wanted_db: flo
     Raises:
         QuantisationFailed: there is no signal to calibrate with, or nothing is left to quantise.
     """
-    samples = [dict(feed) for feed, _ in zip(feeds, range(CALIBRATED), strict=False)]
-    if not samples:
-        way_out = "Ship samples with the student, or leave openvino/int8 out of the profile."
-        raise QuantisationFailed("there is no signal to calibrate with", where=where, way_out=way_out)
+    samples = calibration_samples(feeds, "openvino/int8", where)
     names = [node.get_friendly_name() for node in model.get_ordered_ops() if node.get_type_name() in CONVOLUTIONS]
     everything = _quantised(model, samples, ())
 

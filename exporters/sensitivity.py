@@ -5,13 +5,14 @@ Such noises add up, so the loudest layers stay in float until the rest together 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
 from exporters.errors import ExportError
 
 Outputs = list[np.ndarray]
+Feeds = Mapping[str, np.ndarray]
 
 #: Signal-to-noise ratio of the quantised against the float output that is wanted: half the noise that the gate allows
 #: (20 dB, runtimes/gates.py), for signals that calibration did not see.
@@ -22,6 +23,22 @@ MEASURED, CALIBRATED = 2, 64
 
 class QuantisationFailed(ExportError):
     """No set of layers in int8 keeps the signal."""
+
+
+def calibration_samples(feeds: Iterable[Feeds], form: str, where: str) -> list[dict[str, np.ndarray]]:
+    """At most CALIBRATED feeds.
+
+    Args:
+        form: backend and form, as in "openvino/int8", and ``where`` the component, for the error.
+
+    Raises:
+        QuantisationFailed: there is none.
+    """
+    samples = [dict(feed) for feed, _ in zip(feeds, range(CALIBRATED), strict=False)]
+    if not samples:
+        way_out = f"Ship samples with the student, or leave {form} out of the profile."
+        raise QuantisationFailed("there is no signal to calibrate with", where=where, way_out=way_out)
+    return samples
 
 
 def float_layers(

@@ -19,9 +19,7 @@ from onnxruntime.quantization.calibrate import CalibrationDataReader, Calibratio
 from exporters.external_data import WeightFile
 from exporters.passes.drop_unused import drop_unused
 from exporters.passes.quantise_convolutions import quantise_convolutions
-from exporters.sensitivity import CALIBRATED, MEASURED, Outputs, QuantisationFailed, float_layers
-
-Feeds = Mapping[str, np.ndarray]
+from exporters.sensitivity import MEASURED, Feeds, Outputs, calibration_samples, float_layers
 
 
 @dataclass(frozen=True)
@@ -56,10 +54,7 @@ def plan_int8(model: ir.Model, feeds: Iterable[Feeds], where: str) -> Int8Plan:
     Raises:
         QuantisationFailed: there is no signal to calibrate with, or nothing is left to quantise.
     """
-    samples = [dict(feed) for feed, _ in zip(feeds, range(CALIBRATED), strict=False)]
-    if not samples:
-        way_out = "Ship samples with the student, or leave tensorrt/int8 out of the profile."
-        raise QuantisationFailed("there is no signal to calibrate with", where=where, way_out=way_out)
+    samples = calibration_samples(feeds, "tensorrt/int8", where)
     with tempfile.TemporaryDirectory(prefix="int8-") as scratch:
         plain = _write(model, Path(scratch) / "plain")
         ranges = _ranges(plain, samples, Path(scratch))

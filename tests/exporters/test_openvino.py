@@ -18,8 +18,9 @@ from exporters.families.decoder_lm import capture_lm
 from exporters.inheritance import compare
 from exporters.openvino_ import OpenVinoExporter
 from exporters.openvino_convert import Unreadable, convert
-from exporters.openvino_int8 import CONVOLUTIONS, QuantisationFailed, quantise
+from exporters.openvino_int8 import CONVOLUTIONS, quantise
 from exporters.program import Program, capture
+from exporters.sensitivity import QuantisationFailed
 from exporters.student import Student, load_student
 from runtimes.bundle import Artifact, TensorSpec
 from runtimes.openvino_ import MODES
