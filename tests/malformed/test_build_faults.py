@@ -60,7 +60,7 @@ for line in sys.stdin:
 
 #: Every stage that a build of a quantised language model reports, in order.
 STAGES = (
-    "check packages", "lock", "build", "load", "capture lm", "export lm for onnx", "export lm",
+    "check packages", "lock", "build", "load", "capture lm", "export lm for onnx", "export lm", "finish onnx",
     "read back lm onnx/fused/exact", "golden outputs of lm", "sync", "hash", "manifest", "parity",
     "rename", "renamed", "done",
 )  # fmt: skip
