@@ -1,7 +1,8 @@
 """QuantizedTensor: the one canonical form of a quantised weight, with a decoder per checkpoint format.
 
-The canonical form is unsigned codes with unsigned zero points: weight = (code - zero_point) * scale. A decoder only
-moves bits; it never rounds, so codes, scales and zero points are those of the checkpoint.
+The canonical form is unsigned codes with unsigned zero points: weight = (code - zero_point) * scale; or codes into a
+table of values (exporters/encodings.py): weight = table[code] * scale. A decoder only moves bits; it never rounds, so
+codes, scales and zero points are those of the checkpoint.
 The decoders are in `exporters.compressed_tensors_`.
 """
 
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from exporters.encodings import ENCODINGS, INTEGER, values
 from exporters.errors import QuantizationError
 
 Array = np.ndarray[Any, Any]
@@ -27,6 +29,9 @@ class QuantizedTensor:
         scales: float32 [N, K/group], the exact widening of what was stored; `scale_dtype` names the stored type.
         zero_points: uint8 [N, K/group], or None when symmetric, which means 2**(bits-1).
         source: the checkpoint format it came from.
+        encoding: INTEGER, or the key of exporters/encodings.py that gives each code its value.
+        order: int32 [K] of an act-order matrix, None for one in natural order: stored column j, which the groups run
+            along, multiplies input feature order[j].
     """
 
     codes: Array
@@ -37,12 +42,18 @@ class QuantizedTensor:
     shape: tuple[int, int]
     source: str
     scale_dtype: str
+    encoding: str = INTEGER
+    order: Array | None = None
 
     def __post_init__(self) -> None:
         rows, columns = self.shape
         where = f"QuantizedTensor from {self.source}"
         if self.bits not in BITS:
             raise QuantizationError(f"{self.bits} bits", where=where, way_out=f"Supported: {BITS}")
+        if self.encoding != INTEGER and (self.zero_points is not None or ENCODINGS[self.encoding].bits != self.bits):
+            raise QuantizationError(f"{self.encoding} of {self.bits} bits or with zero points", where=where)
+        if self.order is not None and not np.array_equal(np.sort(self.order), np.arange(columns)):
+            raise QuantizationError(f"order is not a permutation of {columns} columns", where=where)
         if self.group < 1 or columns % self.group:
             raise QuantizationError(f"group {self.group} does not divide K = {columns}", where=where)
         grid = (rows, columns // self.group)
@@ -64,13 +75,20 @@ class QuantizedTensor:
         return np.ascontiguousarray(pairs.reshape(self.shape[0], -1)[:, : self.shape[1]])
 
     def dequantize(self) -> Array:
-        """(code - zero_point) * scale, float32 [N, K]: one rounding at most, none for a 16-bit scale."""
+        """The weight in natural order, float32 [N, K]: one rounding at most, none for a 16-bit scale."""
         rows, columns = self.shape
-        zero = 1 << (self.bits - 1) if self.zero_points is None else self.zero_points.astype(np.float32)[:, :, None]
-        values = self.unpack().astype(np.float32).reshape(rows, columns // self.group, self.group)
-        values -= np.float32(zero) if isinstance(zero, int) else zero
-        values *= self.scales[:, :, None]
-        return values.reshape(rows, columns)
+        if self.encoding == INTEGER:
+            weight = self.unpack().astype(np.float32)
+            if self.zero_points is None:
+                weight -= np.float32(1 << (self.bits - 1))
+            else:
+                weight -= np.repeat(self.zero_points, self.group, 1)
+        else:
+            weight = values(self.encoding)[self.unpack()]
+        weight = weight.reshape(rows, columns // self.group, self.group)
+        weight *= self.scales[:, :, None]
+        weight = weight.reshape(rows, columns)
+        return weight if self.order is None else weight[:, np.argsort(self.order)]
 
     @classmethod
     def from_codes(

@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from device_profiles import load_profile
 from exporters.backends import Job
-from exporters.families.decoder_lm import UnsupportedModule, capture_lm
+from exporters.families.decoder_lm import capture_lm
+from exporters.families.unsupported import UnsupportedModule
 from exporters.onnx_ import OnnxExporter
 from exporters.student import Student, load_student
 from runtimes.bundle import Artifact
