@@ -12,10 +12,20 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from runtimes.files import Progress, hash_file, open_plain, quiet, scan, storage_errors, sync_tree, write_durably
+from runtimes.files import (
+    Progress,
+    half_written,
+    hash_file,
+    open_plain,
+    quiet,
+    scan,
+    storage_errors,
+    sync_tree,
+    write_durably,
+)
 from runtimes.manifest import (
     MANIFEST,
     MAX_MANIFEST_BYTES,
@@ -99,8 +109,11 @@ class Bundle(Manifest):
         """Hashes every file. Raises BundleError for a file that is missing, changed, a link, or not in the manifest."""
         with storage_errors(self.folder):
             found = scan(self.folder)
+            # What a killed command has left of a report is nobody's, but it says nothing against the bundle.
+            left = (half_written(PurePosixPath(path)).as_posix() for path in self.mutable)
+            known = {MANIFEST, SIGNATURE, *self.files, *self.mutable, *left}
             for path in found:
-                if path not in self.files and path not in self.mutable and path not in (MANIFEST, SIGNATURE):
+                if path not in known:
                     raise BundleError("is not in the manifest", str(self.folder / path), f"Remove it, or: {FETCH}")
             if found.get(SIGNATURE, 0) > MAX_SIGNATURE_BYTES:
                 raise BundleError(f"is larger than {MAX_SIGNATURE_BYTES} bytes", str(self.folder / SIGNATURE), FETCH)

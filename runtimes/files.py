@@ -8,7 +8,7 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from runtimes.manifest import BundleError, FileInfo, UnsafeBundlePath
 
@@ -119,9 +119,14 @@ def sync_tree(folder: Path, progress: Progress = quiet) -> None:
         sync(Path(directory))
 
 
+def half_written(path: PurePath) -> PurePath:
+    """What lies beside `path` while `write_durably` writes it, and stays when the process is killed meanwhile."""
+    return path.with_name(f".{path.name}.new")
+
+
 def write_durably(path: Path, data: bytes) -> None:
     """`path` holds the old or the new bytes at every instant, and the new ones for good on return."""
-    temporary = path.with_name(f".{path.name}.new")
+    temporary = Path(half_written(path))
     try:
         with open(temporary, "wb") as file:
             file.write(data)

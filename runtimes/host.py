@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 _CPU = Path("/sys/devices/system/cpu")
+#: How long nvpmodel may take to answer.
+NVPMODEL_SECONDS = 10.0
 # Bits 0-3 of the value are what is throttled now (Raspberry Pi firmware).
 _PI_THROTTLED = Path("/sys/devices/platform/soc/soc:firmware/get_throttled")
 IDLE_CORES = 0.2
@@ -91,11 +93,17 @@ def frequency_khz() -> int | None:
 
 
 def power_mode() -> str | None:
-    """A Jetson's power mode by name (numbers differ by board); None on other machines."""
+    """A Jetson's power mode by name (numbers differ by board); None on other machines and where it cannot be
+    known."""
     tool = shutil.which("nvpmodel")
     if tool is None:
         return None
-    reply = subprocess.run([tool, "-q"], capture_output=True, text=True, timeout=10, check=False).stdout
+    try:
+        reply = subprocess.run(
+            [tool, "-q"], capture_output=True, text=True, timeout=NVPMODEL_SECONDS, check=False
+        ).stdout
+    except (OSError, subprocess.TimeoutExpired):  # it is there and does not answer: the mode is not known
+        return None
     return next((line.split(":", 1)[1].strip() for line in reply.splitlines() if "Power Mode:" in line), None)
 
 

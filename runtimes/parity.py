@@ -13,6 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from runtimes.bundle import Artifact, Bundle
 from runtimes.cli import bundle_parser, exit_code, open_bundle
@@ -137,7 +138,14 @@ def check_compiled(artifact: Artifact) -> list[Result]:
     found = artifact.options.get("compiled")
     if found is None:
         return []
+    try:
+        return _compiled_rows(artifact, found)
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        where = f"{artifact.component} ({artifact.label}): options.compiled"
+        raise Fault(f"is not what a build writes ({error!r:.200})", where, "Build the bundle again.") from error
 
+
+def _compiled_rows(artifact: Artifact, found: Mapping[str, Any]) -> list[Result]:
     def row(metric: str, value: float | None, where: str) -> Result:
         status: Status = _COMPILED[found["status"]]
         names = artifact.component, artifact.backend, artifact.form, artifact.mode

@@ -17,6 +17,7 @@ import pytest
 
 from runtimes.archive import pack, unpack
 from runtimes.bundle import Bundle, BundleError, UnsafeBundlePath, load_bundle, write_manifest
+from runtimes.report import Report, write_report
 from tests.bundle_maker import FILES, edit_manifest, make_bundle, manifest, write_files
 
 
@@ -38,6 +39,15 @@ def refused(act: Callable[[], object], kind: type[BundleError] = BundleError) ->
 def test_a_file_that_is_not_in_the_manifest(bundle: Bundle) -> None:
     (bundle.folder / "onnx" / "extra.bin").write_bytes(b"x")
     assert "extra.bin: is not in the manifest" in refused(bundle.verify)
+
+
+def test_what_a_killed_command_left_of_a_report(bundle: Bundle) -> None:
+    """It is no reason to refuse the bundle, and the next report takes its place."""
+    left = bundle.folder / ".report.json.new"
+    left.write_bytes(b'{"half')
+    bundle.verify()
+    write_report(bundle.folder, Report())
+    assert not left.exists()
 
 
 def test_a_missing_file(bundle: Bundle) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
+from runtimes import host
 from runtimes.jetson import clocks_of, reasons
 from runtimes.nvidia_smi import parse
 
@@ -53,6 +55,19 @@ def test_only_the_profiles_own_state_is_timed(
     wanted: str | None, mode: str | None, shown: str | None, words: str
 ) -> None:
     assert reasons(wanted, mode, shown) == words
+
+
+@pytest.mark.parametrize(("answer", "mode"), [("echo NV Power Mode: MAXN", "MAXN"), ("echo", None), ("sleep 60", None)])
+def test_a_power_mode_that_is_not_told(
+    answer: str, mode: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tool that hangs, as nvpmodel does while its service restarts, leaves the mode unknown."""
+    tool = tmp_path / "nvpmodel"
+    tool.write_text(f"#!/bin/sh\nexec {answer}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(host, "NVPMODEL_SECONDS", 0.5)
+    assert host.power_mode() == mode
 
 
 def write(folder: Path, low: int, high: int, prefix: str = "") -> None:

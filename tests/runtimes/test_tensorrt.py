@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from runtimes.bundle import Artifact, Bundle, load_bundle
+from runtimes.errors import Fault
 from runtimes.parity import check_compiled
 from runtimes.session import KvOverflow, RuntimeInputError, limits_of, open_session
 from runtimes.tensorrt_engine import EngineSession
@@ -117,3 +119,11 @@ def test_the_report_says_what_the_compiler_made(orin: Bundle) -> None:
     assert rows["fused/quantised product"].value is not None
     [parsed] = check_compiled(orin.artifact("lm", "tensorrt", "fused"))
     assert (parsed.metric, parsed.status) == ("parsed", "proxy")
+
+
+@pytest.mark.parametrize("missing", ["compiler", "status", "capability", "patterns"])
+def test_an_incomplete_account_of_the_compiler_is_a_fault(orin: Bundle, missing: str) -> None:
+    typed = orin.artifact("lm", "tensorrt", "typed")
+    compiled = {key: value for key, value in typed.options["compiled"].items() if key != missing}
+    with pytest.raises(Fault, match="not what a build writes"):
+        check_compiled(replace(typed, options={**typed.options, "compiled": compiled}))
