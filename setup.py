@@ -72,7 +72,7 @@ setup(
     packages=PACKAGES,
     package_data={
         "device_profiles": ["*.toml", "*.md"],
-        "exporters": ["reference_student/**/*", "coreml_docs/*"],
+        "exporters": ["reference_student/**/*", "coreml_docs/*", "onnx_functions/*"],
         "tools.reference_student": ["*.md", "package/**/*"],
     },
     install_requires=["numpy", "pillow", "rich", "safetensors", "tokenizers"],
