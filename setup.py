@@ -12,6 +12,7 @@ PACKAGES = [
     "device_profiles",
     "exporters",
     "exporters.families",
+    "exporters.formats",
     "exporters.ops",
     "exporters.passes",
     "runtimes",

@@ -42,15 +42,24 @@ class Checkpoint:
 
     def tensor(self, name: str) -> torch.Tensor:
         """The stored tensor in its stored dtype; memory-mapped, so do not write to it."""
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
 
         info = self.tensors[name]
         try:
-            if info.file not in self._files:
-                self._files[info.file] = safe_open(info.file, framework="pt")
-            return self._files[info.file].get_tensor(name)
+            return self._open(info.file).get_tensor(name)
         except SafetensorError as error:
             raise WeightsError(str(error), where=f"{info.file}: {name}", way_out="Fetch it again") from error
+
+    def metadata(self, name: str) -> Mapping[str, str]:
+        """The text entries in the header of the file that holds a tensor."""
+        return self._open(self.tensors[name].file).metadata() or {}
+
+    def _open(self, file: Path) -> Any:
+        from safetensors import safe_open
+
+        if file not in self._files:
+            self._files[file] = safe_open(file, framework="pt")
+        return self._files[file]
 
     def check_finite(self, names: Iterable[str]) -> None:
         """Refuse NaN and infinities in float tensors, in one pass of bounded memory."""

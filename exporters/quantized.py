@@ -3,11 +3,12 @@
 The canonical form is unsigned codes with unsigned zero points: weight = (code - zero_point) * scale; or codes into a
 table of values (exporters/encodings.py): weight = table[code] * scale. A decoder only moves bits; it never rounds, so
 codes, scales and zero points are those of the checkpoint.
-The decoders are in `exporters.compressed_tensors_`.
+The decoders are in `exporters.formats`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,17 +18,18 @@ from exporters.encodings import ENCODINGS, INTEGER, values
 from exporters.errors import QuantizationError
 
 Array = np.ndarray[Any, Any]
-BITS = (4, 8)
+#: bits of a code -> bits of the field that it is kept in: a whole number of fields fills a byte
+FIELDS: Mapping[int, int] = {2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}
 
 
 @dataclass(frozen=True, eq=False)
 class QuantizedTensor:
-    """A weight of shape [N, K] in groups of `group` along K (group = K: one scale per row).
+    """A weight of shape [N, K] in groups of `group` along K (group = K: one scale per row; the last may be short).
 
     Attributes:
-        codes: uint8 [N, ceil(K*bits/8)], unsigned codes along K, low bits first.
-        scales: float32 [N, K/group], the exact widening of what was stored; `scale_dtype` names the stored type.
-        zero_points: uint8 [N, K/group], or None when symmetric, which means 2**(bits-1).
+        codes: uint8 [N, ceil(K*F/8)], unsigned codes along K in fields of F = FIELDS[bits] bits, low bits first.
+        scales: float32 [N, ceil(K/group)], the exact widening of what was stored; `scale_dtype` names the stored type.
+        zero_points: uint8 [N, ceil(K/group)], or None when symmetric, which means 2**(bits-1).
         source: the checkpoint format it came from.
         encoding: INTEGER, or the key of exporters/encodings.py that gives each code its value.
         order: int32 [K] of an act-order matrix, None for one in natural order: stored column j, which the groups run
@@ -48,16 +50,18 @@ class QuantizedTensor:
     def __post_init__(self) -> None:
         rows, columns = self.shape
         where = f"QuantizedTensor from {self.source}"
-        if self.bits not in BITS:
-            raise QuantizationError(f"{self.bits} bits", where=where, way_out=f"Supported: {BITS}")
+        if self.bits not in FIELDS:
+            raise QuantizationError(
+                f"{self.bits} bits", where=where, way_out=f"Supported: {', '.join(map(str, FIELDS))}"
+            )
         if self.encoding != INTEGER and (self.zero_points is not None or ENCODINGS[self.encoding].bits != self.bits):
             raise QuantizationError(f"{self.encoding} of {self.bits} bits or with zero points", where=where)
         if self.order is not None and not np.array_equal(np.sort(self.order), np.arange(columns)):
             raise QuantizationError(f"order is not a permutation of {columns} columns", where=where)
-        if self.group < 1 or columns % self.group:
-            raise QuantizationError(f"group {self.group} does not divide K = {columns}", where=where)
-        grid = (rows, columns // self.group)
-        wanted = {"codes": ((rows, -(-columns * self.bits // 8)), np.uint8), "scales": (grid, np.float32)}
+        if not 1 <= self.group <= max(columns, 1):
+            raise QuantizationError(f"a group of {self.group} columns, K = {columns}", where=where)
+        grid = (rows, -(-columns // self.group))
+        wanted = {"codes": ((rows, -(-columns * FIELDS[self.bits] // 8)), np.uint8), "scales": (grid, np.float32)}
         if self.zero_points is not None:
             wanted["zero_points"] = (grid, np.uint8)
         for name, (shape, dtype) in wanted.items():
@@ -69,25 +73,27 @@ class QuantizedTensor:
 
     def unpack(self) -> Array:
         """The codes, uint8 [N, K]."""
-        if self.bits == 8:
+        field = FIELDS[self.bits]
+        if field == 8:
             return self.codes
-        pairs = np.stack((self.codes & 0xF, self.codes >> 4), axis=-1)
-        return np.ascontiguousarray(pairs.reshape(self.shape[0], -1)[:, : self.shape[1]])
+        parts = [(self.codes >> np.uint8(shift)) & np.uint8((1 << field) - 1) for shift in range(0, 8, field)]
+        return np.ascontiguousarray(np.stack(parts, -1).reshape(self.shape[0], -1)[:, : self.shape[1]])
+
+    def per_column(self, values: Array) -> Array:
+        """[N, groups] -> [N, K]: every stored column's own value."""
+        return np.repeat(values, self.group, 1)[:, : self.shape[1]]
 
     def dequantize(self) -> Array:
         """The weight in natural order, float32 [N, K]: one rounding at most, none for a 16-bit scale."""
-        rows, columns = self.shape
         if self.encoding == INTEGER:
             weight = self.unpack().astype(np.float32)
             if self.zero_points is None:
                 weight -= np.float32(1 << (self.bits - 1))
             else:
-                weight -= np.repeat(self.zero_points, self.group, 1)
+                weight -= self.per_column(self.zero_points)
         else:
             weight = values(self.encoding)[self.unpack()]
-        weight = weight.reshape(rows, columns // self.group, self.group)
-        weight *= self.scales[:, :, None]
-        weight = weight.reshape(rows, columns)
+        weight *= self.per_column(self.scales)
         return weight if self.order is None else weight[:, np.argsort(self.order)]
 
     @classmethod
@@ -100,13 +106,20 @@ class QuantizedTensor:
         bits: int,
         source: str = "codes",
         scale_dtype: str = "float32",
+        group: int | None = None,
+        encoding: str = INTEGER,
+        order: Array | None = None,
     ) -> QuantizedTensor:
-        """Pack unsigned codes, uint8 [N, K]; the group follows from scales [N, K/group]."""
+        """Pack unsigned codes, uint8 [N, K] in stored order; without ``group`` the scales [N, K/group] give it."""
         rows, columns = codes.shape
         if codes.dtype != np.uint8 or (codes.size and int(codes.max()) >= 1 << bits):
             raise QuantizationError(f"codes are not uint8 below 2**{bits}", where=source)
-        if bits == 4:
-            padded = np.pad(codes, ((0, 0), (0, columns % 2)))
-            codes = padded[:, 0::2] | padded[:, 1::2] << 4
-        group = columns // scales.shape[1] if scales.shape[1] else 0
-        return cls(codes, scales, zero_points, bits, group, (rows, columns), source, scale_dtype)
+        if group is None:
+            group = columns // scales.shape[1] if scales.shape[1] else 0
+        packed, field = np.ascontiguousarray(codes), FIELDS.get(bits, 8)
+        if field < 8:
+            padded = np.pad(codes, ((0, 0), (0, -columns % (8 // field))))
+            packed = np.zeros((rows, padded.shape[1] * field // 8), np.uint8)
+            for i, shift in enumerate(range(0, 8, field)):
+                packed |= padded[:, i :: 8 // field] << np.uint8(shift)
+        return cls(packed, scales, zero_points, bits, group, (rows, columns), source, scale_dtype, encoding, order)

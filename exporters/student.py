@@ -10,9 +10,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from exporters.checkpoint import Checkpoint, open_checkpoint
-from exporters.compressed_tensors_ import FORMATS, WeightScheme, check_group, layout, leftovers
 from exporters.discretizer import load_discretizer
 from exporters.errors import PackageError, TokenizerError, WeightsError
+from exporters.formats.scheme import Scheme
 from exporters.model_config import Skeleton, check_model_config, library_config, skeleton
 from exporters.package import MANIFEST, Modality, Package, validate
 from exporters.quantization_config import module_schemes
@@ -40,14 +40,13 @@ class QuantizedTensors(Mapping[str, QuantizedTensor]):
     """Module name -> QuantizedTensor, decoded on access; nothing is kept, so keep what is used twice."""
 
     def __init__(
-        self, checkpoint: Checkpoint, schemes: Mapping[str, WeightScheme], shapes: Mapping[str, tuple[int, int]]
+        self, checkpoint: Checkpoint, schemes: Mapping[str, Scheme], shapes: Mapping[str, tuple[int, int]]
     ) -> None:
         self._checkpoint, self._shapes = checkpoint, shapes
         self.schemes = schemes
 
     def __getitem__(self, module: str) -> QuantizedTensor:
-        scheme = self.schemes[module]
-        return FORMATS[scheme.format].decode(self._checkpoint.tensor, module, scheme, self._shapes[module])
+        return self.schemes[module].decode(self._checkpoint.tensor, module, self._shapes[module])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.schemes)
@@ -114,7 +113,7 @@ class Student:
 
 
 def _match_tensors(
-    expected: Skeleton, schemes: Mapping[str, WeightScheme], checkpoint: Checkpoint
+    expected: Skeleton, schemes: Mapping[str, Scheme], checkpoint: Checkpoint
 ) -> tuple[dict[str, TensorInfo], dict[str, tuple[int, int]]]:
     """Every tensor of the model is there with its shape, and no other; returns (float tensors, quantised shapes)."""
     unseen = dict(checkpoint.tensors)
@@ -139,11 +138,11 @@ def _match_tensors(
     for name, shape in expected.parameters.items():
         module, _, kind = name.rpartition(".")
         if kind == "weight" and module in schemes:
-            shapes[module] = (shape[0], shape[1])
-            check_group(module, schemes[module], shapes[module])
-            for part, (dtypes, allowed) in layout(schemes[module], shapes[module]).items():
+            scheme, shapes[module] = schemes[module], (shape[0], shape[1])
+            scheme.check(module, shapes[module])
+            for part, (dtypes, allowed) in scheme.layout(shapes[module]).items():
                 take(f"{module}.{part}", dtypes, allowed)
-            for name in leftovers(module, schemes[module], checkpoint.tensors, checkpoint.tensor):
+            for name in scheme.leftovers(module, checkpoint):
                 del unseen[name]
         else:
             floats[name] = take(name, FLOATS, (shape,))
@@ -214,7 +213,7 @@ def load_student(folder: str | Path) -> Student:
     checkpoint = open_checkpoint(package.folder, package.files)
     expected = skeleton(package.config)
     stored = package.config.get("quantization_config")
-    schemes = {} if stored is None else module_schemes(stored, expected.modules)
+    schemes = {} if stored is None else module_schemes(stored, expected.modules, checkpoint)
     # A tied head carries no weight of its own, whatever the scheme's targets match.
     schemes = {name: scheme for name, scheme in schemes.items() if f"{name}.weight" not in expected.tied}
     tensors, shapes = _match_tensors(expected, schemes, checkpoint)

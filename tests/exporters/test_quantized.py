@@ -15,9 +15,9 @@ from compressed_tensors.quantization.lifecycle.forward import dequantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exporters.compressed_tensors_ import FORMATS, WeightScheme, layout
 from exporters.errors import QuantizationError
-from exporters.quantized import QuantizedTensor
+from exporters.formats.compressed_tensors import FORMATS, IntegerScheme
+from exporters.quantized import FIELDS, QuantizedTensor
 from exporters.safetensors_header import DTYPES
 
 # Odd N, K that does not fill a 32-bit word (4 bit: 8 a word), K that does not fill a byte.
@@ -37,12 +37,14 @@ NAMES = {torch.int32: "I32", torch.int8: "I8", torch.int64: "I64"} | {
 def _cases() -> list[Any]:
     cases = []
     for form, bits, symmetric, (strategy, group), shape in itertools.product(
-        FORMATS, (4, 8), (True, False), STRATEGIES, SHAPES
+        FORMATS, (3, 4, 8), (True, False), STRATEGIES, SHAPES
     ):
         if group is not None and shape[1] % group:
             continue
         if form == "pack-quantized" and strategy == "tensor" and not symmetric:
             continue  # the library stores no packed per-tensor zero point
+        if bits not in (4, 8) and (strategy, group) not in (("group", 32), ("channel", None)):
+            continue
         name = f"{form}-{bits}-{'sym' if symmetric else 'asym'}-{strategy}{group or ''}-{shape[0]}x{shape[1]}"
         cases.append(pytest.param(form, bits, symmetric, strategy, group, shape, id=name))
     return cases
@@ -96,8 +98,8 @@ def _library_weight(scheme: QuantizationScheme, state: dict[str, torch.Tensor]) 
     return BaseCompressor.get_value_from_registry(form).decompress(state, scheme)["weight"]
 
 
-def _decode(form: str, scheme: WeightScheme, shape: tuple[int, int], state: dict[str, torch.Tensor]) -> QuantizedTensor:
-    return FORMATS[form].decode(lambda name: state[name.removeprefix("m.")], "m", scheme, shape)
+def _decode(scheme: IntegerScheme, shape: tuple[int, int], state: dict[str, torch.Tensor]) -> QuantizedTensor:
+    return scheme.decode(lambda name: state[name.removeprefix("m.")], "m", shape)
 
 
 @pytest.mark.parametrize("scale_dtype", TORCH)
@@ -106,8 +108,8 @@ def test_dequantize_is_the_librarys_decompression_bit_for_bit(
     form: str, bits: int, symmetric: bool, strategy: str, group: int | None, shape: tuple[int, int], scale_dtype: str
 ) -> None:
     library, state = _compressed(form, bits, symmetric, strategy, group, shape, TORCH[scale_dtype])
-    scheme = WeightScheme(form, bits, symmetric, group, strategy == "tensor")
-    found = _decode(form, scheme, shape, state)
+    scheme = FORMATS[form](bits, symmetric, group, strategy == "tensor")
+    found = _decode(scheme, shape, state)
     assert (found.shape, found.bits, found.group) == (shape, bits, group or shape[1])
     assert (found.source, found.scale_dtype) == (form, scale_dtype)
     assert (found.zero_points is None) == symmetric
@@ -120,10 +122,10 @@ def test_dequantize_is_the_librarys_decompression_bit_for_bit(
     assert np.unique(exact).size > 1
 
     # And the layout that the loader asks for is what the library wrote.
-    for name, (dtypes, shapes) in layout(scheme, shape).items():
+    for name, (dtypes, shapes) in scheme.layout(shape).items():
         assert tuple(state[name].shape) in shapes, name
         assert NAMES[state[name].dtype] in dtypes, name
-    assert set(state) == set(layout(scheme, shape))
+    assert set(state) == set(scheme.layout(shape))
     assert all(NAMES[tensor.dtype] in DTYPES for tensor in state.values())
 
 
@@ -132,7 +134,7 @@ def test_codes_and_zero_points_are_those_of_the_library(
     form: str, bits: int, symmetric: bool, strategy: str, group: int | None, shape: tuple[int, int]
 ) -> None:
     _, state = _compressed(form, bits, symmetric, strategy, group, shape, torch.float32)
-    found = _decode(form, WeightScheme(form, bits, symmetric, group, strategy == "tensor"), shape, state)
+    found = _decode(FORMATS[form](bits, symmetric, group, strategy == "tensor"), shape, state)
     offset = 1 << (bits - 1)
     if form == "pack-quantized":
         signed = unpack_from_int32(state["weight_packed"], bits, torch.Size(shape))
@@ -146,7 +148,7 @@ def test_codes_and_zero_points_are_those_of_the_library(
 
 
 @given(
-    bits=st.sampled_from([4, 8]), rows=st.integers(1, 9), groups=st.integers(1, 4), group=st.integers(1, 9),
+    bits=st.sampled_from(list(FIELDS)), rows=st.integers(1, 9), groups=st.integers(1, 4), group=st.integers(1, 9),
     symmetric=st.booleans(), seed=st.integers(0, 99),
 )  # fmt: skip
 @settings(max_examples=200, deadline=None)
@@ -158,7 +160,7 @@ def test_from_codes_and_unpack_are_inverse(
     scales = random.random((rows, groups), dtype=np.float32)
     zero = None if symmetric else random.integers(0, 1 << bits, (rows, groups), dtype=np.uint8)
     tensor = QuantizedTensor.from_codes(codes, scales, zero, bits=bits)
-    assert tensor.codes.shape == (rows, -(-groups * group * bits // 8))
+    assert tensor.codes.shape == (rows, -(-groups * group * FIELDS[bits] // 8))
     assert (tensor.group, tensor.shape) == (group, codes.shape)
     assert np.array_equal(tensor.unpack(), codes)
     middle = np.full((rows, groups), 1 << (bits - 1)) if zero is None else zero
@@ -176,8 +178,8 @@ def test_low_bits_come_first() -> None:
 
 
 BAD: list[tuple[str, dict[str, Any]]] = [
-    ("bits", {"bits": 3}),
-    ("group", {"group": 3}),
+    ("bits", {"bits": 9}),
+    ("group", {"group": 9}),
     ("group of none", {"group": 0}),
     ("codes shape", {"codes": np.zeros((2, 3), np.uint8)}),
     ("codes dtype", {"codes": np.zeros((2, 4), np.int8)}),
