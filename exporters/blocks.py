@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from exporters.errors import QuantizationError
-from exporters.quantized import QuantizedTensor
+from exporters.quantized import FIELDS, QuantizedTensor
 
 #: MatMulNBits takes blocks of a power of two, 16 at least; above 128 there is nothing to gain.
 SMALLEST, LARGEST = 16, 128
@@ -20,7 +20,7 @@ SMALLEST, LARGEST = 16, 128
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """How one matrix is cut: bits per code, columns per block, whether zero points are stored."""
+    """How one matrix is cut: bits of the field of a code, columns per block, whether zero points are stored."""
 
     bits: int
     block: int
@@ -31,7 +31,8 @@ class BlockLayout:
         """The layout for ``tensor``; every block lies inside one group, so it has one scale.
 
         A whole-row group (per channel) of K columns is cut into the largest power of two that divides K; where that
-        is under 16, into blocks of 32 whose last one is padded.
+        is under 16, into blocks of 32 whose last one is padded. Codes that are narrower than their field (3 bits) and
+        zero points that do not fit it keep their values in a wider one, with zero points that are written out.
 
         Raises:
             QuantizationError: a group that is neither a multiple of 16 nor the whole row.
@@ -45,7 +46,10 @@ class BlockLayout:
                     way_out="Use a group size that is a multiple of 16.",
                 )
             power = 32
-        return cls(tensor.bits, power, tensor.zero_points is not None)
+        field, zeros = FIELDS[tensor.bits], tensor.zero_points
+        if zeros is not None and int(zeros.max(initial=0)) >> field:
+            field = 8
+        return cls(field, power, zeros is not None or field != tensor.bits)
 
 
 def block_codes(tensor: QuantizedTensor) -> np.ndarray:
@@ -53,10 +57,10 @@ def block_codes(tensor: QuantizedTensor) -> np.ndarray:
     rows, columns = tensor.shape
     layout = BlockLayout.of(tensor)
     blocks = -(-columns // layout.block)
-    if columns != blocks * layout.block:
-        padded = np.full((rows, blocks * layout.block), 2 ** (tensor.bits - 1), np.uint8)
+    if columns != blocks * layout.block or layout.bits != FIELDS[tensor.bits]:
+        padded = np.full((rows, blocks * layout.block), 2 ** (layout.bits - 1), np.uint8)
         padded[:, :columns] = tensor.unpack()
-        return pack_bits(padded, tensor.bits).reshape(rows, blocks, -1)
+        return pack_bits(padded, layout.bits).reshape(rows, blocks, -1)
     return tensor.codes.reshape(rows, blocks, -1)
 
 
@@ -66,8 +70,11 @@ def block_scales(tensor: QuantizedTensor) -> np.ndarray:
 
 
 def block_zeros(tensor: QuantizedTensor) -> np.ndarray:
-    """Packed zero points [N, ceil(nb*bits/8)] of a tensor that has them."""
-    return pack_bits(tensor.zero_points[:, _group_of_block(tensor)], tensor.bits)
+    """Packed zero points [N, ceil(nb*bits/8)] of a tensor whose layout has them."""
+    zeros = tensor.zero_points
+    if zeros is None:
+        zeros = np.full(tensor.scales.shape, 1 << (tensor.bits - 1), np.uint8)
+    return pack_bits(zeros[:, _group_of_block(tensor)], BlockLayout.of(tensor).bits)
 
 
 def _group_of_block(tensor: QuantizedTensor) -> np.ndarray:

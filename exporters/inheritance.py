@@ -82,23 +82,21 @@ def _matrix(
 
 
 def _tensor(tensor: QuantizedTensor, stored: StoredMatrix, rows: slice, columns: int) -> tuple[bool, bool, bool]:
-    """Whether codes, scales and zero points are identical, compared column by column."""
-    points = None if stored.zero_points is None else stored.zero_points[rows]
-    scales = _whole(stored.scales[rows], stored.block, columns), _whole(tensor.scales, tensor.group, columns)
-    zeros = (
-        _whole(_zeros(points, stored.scales[rows], tensor.bits), stored.block, columns),
-        _whole(_zeros(tensor.zero_points, tensor.scales, tensor.bits), tensor.group, columns),
-    )
+    """Whether codes, scales and zero points are identical, compared column by column.
+
+    The artifact's field may be wider than a code (3 bits in 4): the same numbers stand in it.
+    """
+
+    def spread(values: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(np.repeat(values[rows], stored.block, 1)[:, :columns])
+
+    wanted = np.ascontiguousarray(tensor.per_column(tensor.scales))
+    points = tensor.per_column(_zeros(tensor.zero_points, tensor.scales, tensor.bits))
     return (
-        stored.bits == tensor.bits and np.array_equal(stored.codes[rows, :columns], tensor.unpack()),
-        np.array_equal(*(values.view(np.uint32) for values in scales)),  # bit for bit: -0.0 is not 0.0
-        np.array_equal(*zeros),
+        stored.bits >= tensor.bits and np.array_equal(stored.codes[rows, :columns], tensor.unpack()),
+        np.array_equal(spread(stored.scales).view(np.uint32), wanted.view(np.uint32)),  # -0.0 is not 0.0
+        np.array_equal(spread(_zeros(stored.zero_points, stored.scales, stored.bits)), points),
     )
-
-
-def _whole(values: np.ndarray, width: int, columns: int) -> np.ndarray:
-    """[N, groups] -> [N, columns]: every column's own value, contiguous."""
-    return np.ascontiguousarray(np.repeat(values, width, 1)[:, :columns])
 
 
 def _zeros(values: np.ndarray | None, like: np.ndarray, bits: int) -> np.ndarray:
