@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from exporters.encodings import ENCODINGS, INTEGER, values
 from exporters.errors import QuantizationError
 from exporters.quantized import FIELDS, QuantizedTensor
 
@@ -20,11 +21,13 @@ SMALLEST, LARGEST = 16, 128
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """How one matrix is cut: bits of the field of a code, columns per block, whether zero points are stored."""
+    """How one matrix is cut: bits of the field of a code, columns per block, whether zero points are stored, and what
+    the codes stand for (exporters/encodings.py)."""
 
     bits: int
     block: int
     zero_points: bool
+    encoding: str = INTEGER
 
     @classmethod
     def of(cls, tensor: QuantizedTensor, name: str = "") -> BlockLayout:
@@ -49,7 +52,7 @@ class BlockLayout:
         field, zeros = FIELDS[tensor.bits], tensor.zero_points
         if zeros is not None and int(zeros.max(initial=0)) >> field:
             field = 8
-        return cls(field, power, zeros is not None or field != tensor.bits)
+        return cls(field, power, zeros is not None or field != tensor.bits, tensor.encoding)
 
 
 def block_codes(tensor: QuantizedTensor) -> np.ndarray:
@@ -84,6 +87,15 @@ def _group_of_block(tensor: QuantizedTensor) -> np.ndarray:
 
 #: buffer of a QuantizedWeight -> how it is made from the student's tensor
 PARTS = {"codes": block_codes, "scales": block_scales, "zeros": block_zeros}
+
+
+def look_up(codes: np.ndarray, scales: np.ndarray, encoding: str, columns: int) -> np.ndarray:
+    """float32 [N, columns] of codes [N, nb, w] of a table and scales [N, nb]."""
+    rows, blocks, width = codes.shape
+    bits = ENCODINGS[encoding].bits
+    each = unpack_bits(codes.reshape(rows, -1), bits, blocks * width * 8 // bits)
+    weight = values(encoding)[each].reshape(rows, blocks, -1) * scales.astype(np.float32)[:, :, None]
+    return np.ascontiguousarray(weight.reshape(rows, -1)[:, :columns])
 
 
 def pack_bits(values: np.ndarray, bits: int) -> np.ndarray:

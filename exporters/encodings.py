@@ -51,3 +51,17 @@ def values(encoding: str) -> np.ndarray[Any, Any]:
         table = np.arange(1 << entry.bits, dtype=np.uint8).view(entry.dtype).astype(np.float32)
     table.setflags(write=False)
     return table
+
+
+@cache
+def as_integers(encoding: str) -> np.ndarray[Any, Any]:
+    """uint8 [2**bits]: 128 plus twice each value of an encoding whose values times two are whole numbers below 128.
+
+    With half the scale an 8-bit integer code of zero point 128 is then the same weight.
+    """
+    doubled = 2 * values(encoding)
+    codes = (doubled + 128).astype(np.uint8)
+    if not np.array_equal(codes.astype(np.float32) - 128, doubled):
+        raise ValueError(f"{encoding} has values that no integers stand for")
+    codes.setflags(write=False)
+    return codes

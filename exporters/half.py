@@ -24,6 +24,7 @@ from exporters.errors import ExportError
 from exporters.program import Constant, Program
 
 ATEN = torch.ops.aten
+LOOKUPS = (ops.quantized_embedding.overload, ops.table_embedding.overload)
 
 
 def to_half(program: Program, floating: Callable[[str], bool] = lambda name: False) -> Program:
@@ -91,7 +92,7 @@ def _retype_graph(graph: Graph, program: Program) -> None:
         elif node.op == "call_function":
             node.args = tuple(torch.float16 if arg is torch.float32 else arg for arg in node.args)
             node.kwargs = {key: torch.float16 if arg is torch.float32 else arg for key, arg in node.kwargs.items()}
-            if node.target is ops.quantized_embedding.overload:  # its rows have their scales' dtype
+            if node.target in LOOKUPS:  # their rows have their scales' dtype, or float32
                 _cast_behind(graph, node, torch.float16)
         elif node.op == "output":
             with graph.inserting_before(node):

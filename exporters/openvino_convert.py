@@ -34,8 +34,9 @@ from torch.export import ExportedProgram
 from torch.export.decomp_utils import CustomDecompTable
 
 from exporters import ops
+from exporters.encodings import ENCODINGS
 from exporters.errors import ExportError
-from exporters.openvino_weights import dequantised
+from exporters.openvino_weights import dequantised, looked_up
 from exporters.ops.openvino import ATEN_LOWERINGS, LOWERINGS
 from exporters.passes.graph import calls
 from exporters.program import Program, sources
@@ -71,7 +72,7 @@ class Reading:
         weights: placeholder of the graph -> name of the Program's constant.
         origins: node of the graph that is read -> node of the Program.
         values: the reader's name of a value -> the Program's nodes whose value it is.
-        products: stand-in of a quantised matrix -> the constants' names (codes, scales, zero points or None) and bits.
+        products: stand-in of a quantised matrix, and what makes it of a function that loads the Program's constants.
     """
 
     def __init__(self, program: Program, decomposed: ExportedProgram) -> None:
@@ -84,7 +85,7 @@ class Reading:
         given = [name for name in placeholders if name not in self.weights]
         self.inputs = dict(zip(given, program.inputs, strict=False))
         self.states = dict(zip(given[len(program.inputs) :], program.states, strict=True))
-        self.products: list[tuple[ov.Output, tuple[str, str, str | None], int]] = []
+        self.products: list[tuple[ov.Output, Callable[[Callable[[str], np.ndarray]], ov.Output]]] = []
         self.pasts: list[Any] = []
         self.sinks: list[Any] = []
         self.shared: dict[str, ov.Output] = {}
@@ -118,16 +119,28 @@ class ReadCall:
         constant = kind in ("Constant", "PtFrameworkNode")
         return self._context.get_values_from_const_input(index) if constant else self.tensor(index)
 
+    def text(self, index: int) -> str:
+        """See Call. The reader holds the text's bytes."""
+        return np.array(self.tensor(index).get_node().data).tobytes().decode()
+
     def dequantised(self, index: int, bits: int) -> ov.Output:
         """See Call. A stand-in of the right shape, which `convert` replaces."""
-        codes, scales = (self._reading.weights[self._placeholder(index + i)] for i in (0, 1))
         zeros = None if self.value(index + 2) is None else self._reading.weights[self._placeholder(index + 2)]
+        return self._stand_in(index, bits, lambda load, *names: dequantised(load, *names, zeros, bits))
+
+    def looked_up(self, index: int, encoding: str) -> ov.Output:
+        """See Call."""
+        bits = ENCODINGS[encoding].bits
+        return self._stand_in(index, bits, lambda load, *names: looked_up(load, *names, encoding))
+
+    def _stand_in(self, index: int, bits: int, make: Callable[..., ov.Output]) -> ov.Output:
+        codes, scales = (self._reading.weights[self._placeholder(index + i)] for i in (0, 1))
 
         def stand_in() -> ov.Output:
             rows, blocks, width = self._reading.program.constants[codes].shape
             shape = np.array([rows, blocks * width * 8 // bits])
             value = op.broadcast(op.constant(np.float32(0)), op.constant(shape)).output(0)
-            self._reading.products.append((value, (codes, scales, zeros), bits))
+            self._reading.products.append((value, lambda load: make(load, codes, scales)))
             return value
 
         return self.once(codes, stand_in)
@@ -254,8 +267,8 @@ def convert(program: Program, progress: Callable[[int], None] = lambda size: Non
             weight = op.constant(load(name))
             weight.set_friendly_name(name)
             parameters[placeholder].output(0).replace(weight.output(0))
-    for stand_in, names, bits in reading.products:
-        stand_in.replace(dequantised(load, *names, bits))
+    for stand_in, make in reading.products:
+        stand_in.replace(make(load))
     inputs = [parameters[placeholder] for placeholder in reading.inputs]
     for parameter, spec in zip(inputs, program.inputs, strict=True):
         parameter.set_friendly_name(spec.name)

@@ -17,8 +17,9 @@ import openvino as ov
 import openvino.opset15 as op
 
 from exporters.blocks import pack_bits, unpack_bits
+from exporters.encodings import ENCODINGS
 from exporters.inheritance import StoredMatrix
-from exporters.ops.openvino import CODE_TYPES
+from exporters.ops.openvino import CODE_TYPES, TABLE_TYPES
 
 CODES = ".codes"
 
@@ -46,10 +47,26 @@ def dequantised(load: Callable[[str], np.ndarray], codes: str, scales: str, zero
     return op.reshape(op.multiply(centred, scale), op.constant(np.array([rows, blocks * block])), False).output(0)
 
 
+def looked_up(load: Callable[[str], np.ndarray], codes: str, scales: str, encoding: str) -> ov.Output:
+    """float32 [N, nb*G] of codes whose values OpenVINO has a type for: Convert -> Multiply -> Reshape."""
+    packed = load(codes)
+    rows, blocks, width = packed.shape
+    block = 8 * width // ENCODINGS[encoding].bits
+    stored = _constant(packed, (rows, blocks, block), TABLE_TYPES[encoding], codes)
+    scale = op.constant(load(scales).astype(np.float32).reshape(rows, blocks, 1))
+    scale.set_friendly_name(scales)
+    product = op.multiply(op.convert(stored, "f32"), scale)
+    return op.reshape(product, op.constant(np.array([rows, blocks * block])), False).output(0)
+
+
 def _typed(packed: np.ndarray, shape: tuple[int, ...], bits: int, name: str) -> Any:
     """A constant whose elements have 2, 4 or 8 bits, over bytes that are packed already."""
+    return _constant(packed, shape, CODE_TYPES[bits], name)
+
+
+def _constant(packed: np.ndarray, shape: tuple[int, ...], kind: str, name: str) -> Any:
     data = np.ascontiguousarray(packed).reshape(-1)
-    tensor = ov.Tensor(data, ov.Shape(list(shape)), getattr(ov.Type, CODE_TYPES[bits]))
+    tensor = ov.Tensor(data, ov.Shape(list(shape)), getattr(ov.Type, kind))
     constant = ov.op.Constant(tensor, shared_memory=False)
     constant.set_friendly_name(name)
     return constant

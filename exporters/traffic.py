@@ -22,7 +22,7 @@ def bytes_per_token(program: Program) -> int | None:
 
 def _read_whole(program: Program) -> Iterator[str]:
     """Names of the constants that some node reads whole, rather than a few rows of."""
-    lookups = {op.overload for op in (ops.quantized_embedding, ops.rope_angles, ops.kv_attention)}
+    lookups = {op.overload for op in (ops.quantized_embedding, ops.table_embedding, ops.rope_angles, ops.kv_attention)}
     lookups.add(torch.ops.aten.embedding.default)
     signature = program.exported.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}

@@ -69,6 +69,10 @@ def _cdist(a: Tensor, b: Tensor, p: float = 2.0, compute_mode: int | None = None
     return squared.clamp_min(0).sqrt()
 
 
+#: Ops whose references look codes up in a table, by types and indices that TVM does not import.
+_TABLES = (ops.table_linear.overload, ops.table_embedding.overload)
+
+
 def references() -> dict[Any, Callable]:
     """Operator -> decomposition."""
     table: dict[Any, Callable] = {op.overload: op.reference for op in ops.REGISTRY.values()}
@@ -109,6 +113,10 @@ def refusals(program: Program, profile: Profile) -> list[str]:
     if kind == "webgpu" and program.states:
         reasons.append(f"{program.entry}: WebGPU has no 64-bit integers, in which TVM indexes the KV cache")
     for node in program.exported.graph.nodes:
+        if node.target in _TABLES:
+            reasons.append(
+                f"{program.entry}: node {node.name}: codes of {node.args[-2]} have no form in TVM's code for GPUs"
+            )
         if node.target is ATEN.argmin.default:
             reasons.append(
                 f"{program.entry}: TVM's default GPU schedules do not compile what leads to node {node.name}"

@@ -1,6 +1,6 @@
 """The fused ops, one file each; importing this package registers them all in ``torch.ops.edge``."""
 
-from exporters.ops._registry import NAMESPACE, REGISTRY, FusedOp
+from exporters.ops._registry import BUILD, NAMESPACE, REGISTRY, FusedOp
 from exporters.ops.aten import aten_lowerings
 from exporters.ops.codebook_lookup import codebook_lookup
 from exporters.ops.decoder_epilogues import bias_snake, group_norm_silu
@@ -10,8 +10,10 @@ from exporters.ops.quantized_linear import quantized_embedding, quantized_linear
 from exporters.ops.rms_norm import add_rms_norm, rms_norm
 from exporters.ops.snake import snake
 from exporters.ops.swiglu import swiglu
+from exporters.ops.table_linear import table_embedding, table_linear
 
 __all__ = [
+    "BUILD",
     "NAMESPACE",
     "REGISTRY",
     "FusedOp",
@@ -28,4 +30,6 @@ __all__ = [
     "rope_angles",
     "snake",
     "swiglu",
+    "table_embedding",
+    "table_linear",
 ]

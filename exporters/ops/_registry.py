@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 
 NAMESPACE = "edge"
+#: Domain of the ONNX nodes that a pass spells out in standard operators.
+BUILD = "edge.build"
 
 #: name of a lowering's target -> what it emits; a target is a form of a backend, e.g. "onnx/fused"
 Lowerings = Mapping[str, Callable]

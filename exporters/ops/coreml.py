@@ -28,6 +28,7 @@ from torch import Tensor
 
 from exporters import ops
 from exporters.blocks import unpack_bits
+from exporters.encodings import ENCODINGS, values
 
 NAMESPACE = "edge_coreml"
 PREFIX = "node_"
@@ -263,14 +264,49 @@ def _matrix(scope: Scope, codes: Any, scales: Any, zeros: Any, bits: int, traili
     return scope.once(("matrix", codes.name), make)
 
 
+def _table(scope: Scope, codes: Any, scales: Any, encoding: str, trailing: int) -> Any:
+    """Codes that stand for the values of a table, as indices into it, and scales on top: [N, K', 1...]."""
+
+    def make() -> Any:
+        from coremltools.converters.mil.mil import types
+
+        rows, blocks, width = codes.val.shape
+        bits = ENCODINGS[encoding].bits
+        indices = unpack_bits(codes.val.reshape(rows, -1), bits, width * 8 // bits * blocks)
+        kind = types.nptype_from_builtin(types.string_to_builtin(f"uint{bits}"))
+        name = matrix_name(scope.constants.get(codes.name, codes.name).removesuffix(".codes"))
+        table = np.nan_to_num(values(encoding)).reshape(*[1] * (2 + trailing), -1, 1)  # no code is NaN
+        looked_up = mb.constexpr_lut_to_dense(
+            indices=_with_axes(indices, trailing).astype(kind), lut=table, name=f"{name}_values"
+        )
+        scale = _with_axes(scales.val, trailing)
+        return mb.constexpr_blockwise_shift_scale(data=looked_up, scale=scale, name=name)
+
+    return scope.once(("matrix", codes.name), make)
+
+
 def _with_axes(values: np.ndarray, trailing: int) -> np.ndarray:
     return values.reshape(*values.shape, *[1] * trailing)
 
 
 def _quantized_linear(scope, name, x, codes, scales, zeros, bias, bits, columns):
+    def matrix(trailing: int) -> Any:
+        return _matrix(scope, codes, scales, zeros, int(bits.val), trailing)
+
+    return _compressed_product(scope, name, x, codes, matrix, bias, columns)
+
+
+def _table_linear(scope, name, x, codes, scales, bias, encoding, columns):
+    def matrix(trailing: int) -> Any:
+        return _table(scope, codes, scales, encoding, trailing)
+
+    return _compressed_product(scope, name, x, codes, matrix, bias, columns)
+
+
+def _compressed_product(scope, name, x, codes, matrix, bias, columns):
     looked_up = ("matrix", codes.name) in scope.made  # by the embedding, in two dimensions: stored once for both
     inner = Scope() if scope.channels and looked_up else scope
-    weight = _matrix(scope, codes, scales, zeros, int(bits.val), 2 * inner.channels)
+    weight = matrix(2 * inner.channels)
     x = _padded(inner.enter(x), inner.axis, weight.shape[1] - int(columns.val))
     return inner.leave(_product(inner, name, x, weight, bias))
 
@@ -297,7 +333,14 @@ def _linear(scope, name, x, weight, bias):
 
 def _quantized_embedding(scope, name, ids, codes, scales, zeros, bits, columns):
     """Rows of the compressed constant itself, which the tied head multiplies with too."""
-    table = _matrix(scope, codes, scales, zeros, int(bits.val), 0)
+    return _compressed_rows(name, ids, _matrix(scope, codes, scales, zeros, int(bits.val), 0), columns)
+
+
+def _table_embedding(scope, name, ids, codes, scales, encoding, columns):
+    return _compressed_rows(name, ids, _table(scope, codes, scales, encoding, 0), columns)
+
+
+def _compressed_rows(name, ids, table, columns):
     whole = table.shape[1] == int(columns.val)
     rows = mb.gather(x=table, indices=ids, axis=0, name=name if whole else f"{name}__whole")
     if whole:
@@ -538,6 +581,8 @@ def _scored(q: Any, keys: Any, values: Any, mask: Any, softcap: float) -> Any:
 LOWERINGS: Mapping[str, Callable[..., Any]] = {
     "edge::quantized_linear": _quantized_linear,
     "edge::quantized_embedding": _quantized_embedding,
+    "edge::table_linear": _table_linear,
+    "edge::table_embedding": _table_embedding,
     "edge::rms_norm": _rms_norm,
     "edge::add_rms_norm": _add_rms_norm,
     "edge::swiglu": _swiglu,

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 #: Bits per code -> OpenVINO's type; the packed bytes are taken as they are, low bits first.
 CODE_TYPES = {2: "u2", 4: "u4", 8: "u8"}
+#: Encoding of exporters/encodings.py -> OpenVINO's type of the same values.
+TABLE_TYPES = {"float8_e4m3fn": "f8e4m3", "float8_e5m2": "f8e5m2", "float4_e2m1fn": "f4e2m1", "nf4": "nf4"}
 
 #: cos(pi * x)^2 for |x| <= 1/2 as a polynomial in x^2, from the lowest: Chebyshev interpolation, 1e-8 from it.
 COSINE_SQUARED = (0.999999994, -9.86960223, 32.469558, -42.7250567, 30.0837149, -12.9834423, 3.26385298)
@@ -32,8 +34,14 @@ class Call(Protocol):
     def value(self, index: int) -> Any:
         """The argument as a number, or None."""
 
+    def text(self, index: int) -> str:
+        """The argument as text."""
+
     def dequantised(self, index: int, bits: int) -> Output:
         """float32 [rows, columns or more] of the codes, scales and zero points that begin at argument ``index``."""
+
+    def looked_up(self, index: int, encoding: str) -> Output:
+        """The same of codes of a table and scales."""
 
     def state(self, index: int) -> tuple[Output, Callable[[Output], None]]:
         """The cache behind an argument as it was before this run, [B, KV, T, D] with the T positions written, and the
@@ -56,26 +64,41 @@ def _like(x: Output, value: float) -> Output:
 
 def _quantized_linear(call: Call) -> Sequence[Output]:
     """A product with codes -> Convert -> Subtract -> Multiply -> Reshape, which stays compressed when compiled."""
+    weight = call.dequantised(1, call.value(5))
+    return _product(call, weight, 4, call.value(6))
+
+
+def _table_linear(call: Call) -> Sequence[Output]:
+    """The same with codes of a float type or of nf4 -> Convert -> Multiply."""
+    return _product(call, call.looked_up(1, call.text(4)), 3, call.value(5))
+
+
+def _product(call: Call, weight: Output, bias: int, columns: int) -> Sequence[Output]:
     import openvino.opset15 as op
 
-    x, bits, columns = call.tensor(0), call.value(5), call.value(6)
-    weight = call.dequantised(1, bits)
+    x = call.tensor(0)
     surplus = weight.get_shape()[1] - columns
     if surplus:  # the last block reaches past the columns: what it holds there meets zeros
         rank = len(x.get_partial_shape())
         begin, end = [0] * rank, [0] * (rank - 1) + [surplus]
         x = op.pad(x, _constant(begin), _constant(end), "constant", _like(x, 0)).output(0)
     y = op.matmul(x, weight, False, True)
-    return (y if call.value(4) is None else op.add(y, call.tensor(4))).outputs()
+    return (y if call.value(bias) is None else op.add(y, call.tensor(bias))).outputs()
 
 
 def _quantized_embedding(call: Call) -> Sequence[Output]:
     """Rows of the table that the tied head multiplies with: one constant for both."""
+    return _rows(call, call.dequantised(1, call.value(4)), call.value(5))
+
+
+def _table_embedding(call: Call) -> Sequence[Output]:
+    return _rows(call, call.looked_up(1, call.text(3)), call.value(4))
+
+
+def _rows(call: Call, table: Output, columns: int) -> Sequence[Output]:
     import openvino.opset15 as op
 
-    ids, bits, columns = call.tensor(0), call.value(4), call.value(5)
-    table = call.dequantised(1, bits)
-    rows = op.gather(table, ids, _constant(0))
+    rows = op.gather(table, call.tensor(0), _constant(0))
     if table.get_shape()[1] != columns:
         rows = op.slice(rows, _constant([0]), _constant([columns]), _constant([1]), _constant([2]))
     return rows.outputs()
@@ -291,4 +314,6 @@ LOWERINGS: Mapping[str, Callable[[Call], Sequence[Output]]] = {
     "rope_angles": _rope_angles,
     "snake": _snake,
     "swiglu": _swiglu,
+    "table_embedding": _table_embedding,
+    "table_linear": _table_linear,
 }

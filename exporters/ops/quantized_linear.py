@@ -75,13 +75,14 @@ def quantized_linear(
     return y if bias is None else y + bias
 
 
-def _gather(table: Tensor, ids: Tensor) -> Tensor:
+def gather(table: Tensor, ids: Tensor) -> Tensor:
+    """Rows ``ids`` of a table, as ONNX's own Gather."""
     return onnx_ops.symbolic(
         "::Gather", [table, ids], dict(axis=0), dtype=table.dtype, shape=(*ids.shape, *table.shape[1:]), version=13
     )
 
 
-def _unpack_onnx(packed: Tensor, bits: int) -> Tensor:
+def unpack_onnx(packed: Tensor, bits: int) -> Tensor:
     """``unpack`` with BitShift: PyTorch's own shift is exported as an arithmetic one, whose result is int8."""
     if bits == 8:
         return packed
@@ -98,14 +99,14 @@ def _unpack_onnx(packed: Tensor, bits: int) -> Tensor:
 
 def _lower_embedding(ids, codes, scales, zeros, bits, columns):
     # Indexing with a tensor would become a GatherND that transposes the whole table first.
-    rows, blocks = _gather(codes, ids), scales.shape[1]
-    values = _unpack_onnx(rows, bits).to(torch.float32)
+    rows, blocks = gather(codes, ids), scales.shape[1]
+    values = unpack_onnx(rows, bits).to(torch.float32)
     if zeros is None:
         centred = values - float(2 ** (bits - 1))
     else:
-        points = _unpack_onnx(_gather(zeros, ids), bits)[..., :blocks]
+        points = unpack_onnx(gather(zeros, ids), bits)[..., :blocks]
         centred = values - points.unsqueeze(-1).to(torch.float32)
-    return (centred * _gather(scales, ids).unsqueeze(-1)).flatten(2)[..., :columns]
+    return (centred * gather(scales, ids).unsqueeze(-1)).flatten(2)[..., :columns]
 
 
 @fused_op({"onnx/fused": _lower_embedding, "onnx/standard": _lower_embedding})

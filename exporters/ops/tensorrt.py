@@ -18,11 +18,14 @@ import torch.onnx.ops as onnx_ops
 from torch import Tensor
 
 from exporters import ops
+from exporters.encodings import ENCODINGS
+from exporters.ops._registry import BUILD
 from exporters.ops.aten import ATEN, aten_lowerings
 from exporters.ops.kv_attention import query_positions, rotary_embedding, rotate, split_packed, visible
+from exporters.ops.table_linear import lower_product
 
-#: Domain of nodes that a pass replaces, of TensorRT's own operators, and of our kernels.
-BUILD, TRT, EDGE = "edge.build", "trt", "edge"
+#: Domain of TensorRT's own operators, and of our kernels.
+TRT, EDGE = "trt", "edge"
 #: Attributes of every node of ours, by which TensorRT's parser finds the plugin.
 PLUGIN = {"plugin_namespace": EDGE, "plugin_version": "1"}
 #: Where codes, scales, zero points and bias begin among the inputs of our nodes.
@@ -44,6 +47,11 @@ def _product(x, codes, scales, zeros, bias, bits, columns):
 def _lookup(ids, codes, scales, zeros, bits, columns):
     attributes = dict(bits=bits, columns=columns)
     return _node(f"{BUILD}::Lookup", [ids, codes, scales, zeros], attributes, torch.float32, (*ids.shape, columns))
+
+
+def _table_lookup(ids, codes, scales, encoding, columns):
+    attributes = dict(bits=ENCODINGS[encoding].bits, columns=columns, encoding=encoding)
+    return _node(f"{BUILD}::Lookup", [ids, codes, scales, None], attributes, torch.float32, (*ids.shape, columns))
 
 
 def _heads(rows: Tensor, heads: int) -> Tensor:
@@ -218,12 +226,15 @@ def _bias_snake_kernel(x, bias):
 _COMMON: Mapping[str, Callable] = {
     "quantized_linear": _product,
     "quantized_embedding": _lookup,
+    "table_embedding": _table_lookup,
     "codebook_lookup": ops.codebook_lookup.lowerings["onnx/standard"],
 }
-_DECOMPOSED = {**_COMMON, "kv_attention": _attention_delta}
+_DECOMPOSED = {**_COMMON, "kv_attention": _attention_delta, "table_linear": lower_product({})}
 _NATIVE = {
     **_COMMON,
     "kv_attention": _attention_native,
+    # FLOAT8E4M3FN alone: E5M2 is no type of TensorRT's, and FP4 one of some GPUs (sm_120).
+    "table_linear": lower_product({"float8_e4m3fn": "DequantizeLinear"}),
     "rms_norm": ops.rms_norm.lowerings["onnx/standard"],
     "add_rms_norm": ops.add_rms_norm.lowerings["onnx/standard"],
 }
@@ -231,6 +242,7 @@ _FUSED = {
     **_COMMON,
     "projection": _projection,
     "kv_attention": _attention_kernel,
+    "table_linear": lower_product({}),
     "codebook_lookup": _codebook_kernel,
     "group_norm_silu": _group_norm_kernel,
     "bias_snake": _bias_snake_kernel,

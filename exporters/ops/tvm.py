@@ -19,6 +19,7 @@ from exporters import cpu_layout, ops, tvm_fusion
 from exporters.blocks import unpack_bits
 from exporters.cpu_layout import CHANNEL_PANEL, PANEL
 from exporters.errors import ExportError
+from exporters.ops import tvm_tables
 from exporters.tvm_fusion import Activation, ConvPlan, arguments
 
 if TYPE_CHECKING:
@@ -265,6 +266,8 @@ def lowerings() -> dict[torch._ops.OpOverload, Lowering]:
     table: dict[torch._ops.OpOverload, Lowering] = {
         ops.quantized_linear.overload: _quantized_linear,
         ops.quantized_embedding.overload: _quantized_embedding,
+        ops.table_linear.overload: tvm_tables.table_linear,
+        ops.table_embedding.overload: tvm_tables.table_embedding,
         ops.kv_attention.overload: _kv_attention,
         ops.rms_norm.overload: _rms_norm,
         ops.add_rms_norm.overload: _add_rms_norm,

@@ -8,6 +8,11 @@ from functools import partial
 import numpy as np
 import onnx_ir as ir
 
+from exporters.encodings import values
+
+#: What the name of an encoding's table ends in.
+TABLE = ".table"
+
 
 def add_initializer(model: ir.Model, tensor: ir.TensorProtocol) -> ir.Value:
     """Registers ``tensor``, which may be lazy, under its own name; returns the value that nodes can read."""
@@ -29,6 +34,12 @@ def lazy_initializer(
         return model.graph.initializers[name]
     tensor = ir.LazyTensor(partial(_loaded, load, dtype, name), dtype=dtype, shape=ir.Shape(shape), name=name)
     return add_initializer(model, tensor)
+
+
+def value_table(model: ir.Model, encoding: str) -> ir.Value:
+    """float32 [2**bits]: what each code of an encoding stands for, once in a model."""
+    table = values(encoding)
+    return lazy_initializer(model, encoding + TABLE, ir.DataType.FLOAT, table.shape, lambda: table)
 
 
 def _loaded(load: Callable[[], np.ndarray], dtype: ir.DataType, name: str) -> ir.TensorProtocol:

@@ -13,6 +13,7 @@ from exporters.passes.settle_reshapes import settle_reshapes
 from exporters.passes.simplify_model import simplify_model
 from exporters.passes.spell_lookups import spell_lookups
 from exporters.passes.spell_products import spell_products
+from exporters.passes.spell_tables import spell_tables
 from exporters.passes.split_bytes import split_bytes
 from exporters.passes.transpose_weights import transpose_weights
 from exporters.passes.type_codes import type_codes
@@ -23,6 +24,7 @@ _ALL = (
     attach_weights,  # initializers without values -> the Program's lazily loaded constants
     settle_reshapes,  # computed targets -> constants with one free dimension
     simplify_model,  # constants folded, unused nodes dropped, equal ones merged
+    spell_tables,  # products with codes of a table -> the form that the runtime has for the encoding
 )
 
 #: For ONNX Runtime, float32 activations.

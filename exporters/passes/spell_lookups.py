@@ -1,7 +1,8 @@
 """Spells out a lookup in a table of codes: only the rows asked for are unpacked, with integer operators.
 
-Given:  Lookup(ids, codes uint8 [V, nb, w], scales [V, nb], zeros or none) {bits, columns}
-Result: Gather(words int32 [V, n], ids), its fields by Div and Mod, minus the zero points, times Gather(scales, ids)
+Given:  Lookup(ids, codes uint8 [V, nb, w], scales [V, nb], zeros or none) {bits, columns, encoding or none}
+Result: Gather(words int32 [V, n], ids), its fields by Div and Mod, minus the zero points, times Gather(scales, ids);
+        where the codes stand for the values of a table, those by one more Gather, and no zero points
 
 A word is four bytes of the codes read as little-endian int32. Integer division of a negative word differs between
 runtimes, so its top bit is taken off first and added to the last field.
@@ -12,9 +13,10 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from exporters.ops.tensorrt import BUILD
+from exporters.ops import BUILD
 from exporters.passes.context import Context
 from exporters.passes.editor import Editor
+from exporters.passes.initializers import value_table
 from exporters.passes.words import word_initializer
 
 FLOAT, INT32 = ir.DataType.FLOAT, ir.DataType.INT32
@@ -44,11 +46,15 @@ def _spell(model: ir.Model, node: ir.Node) -> None:
         [*lead, blocks, block],
         [0] * len(lead) + [blocks, block],
     )
-    if zeros is None:
+    if "encoding" in node.attributes:
+        table = value_table(model, node.attributes["encoding"].as_string())
+        values = add("Gather", [table, add.cast(values, INT32)], {}, FLOAT, values.shape)
+        points = None
+    elif zeros is None:
         points = add.constant(np.array(2.0 ** (bits - 1), np.float32))
     else:
         points = _column(add, fields(word_initializer(model, zeros), blocks))
-    centred = add("Sub", [values, points], {}, FLOAT, values.shape)
+    centred = values if points is None else add("Sub", [values, points], {}, FLOAT, values.shape)
     rows = add("Gather", [scales, ids], {}, scales.dtype, [*lead, blocks])
     scaled = add("Mul", [centred, _column(add, add.cast(rows, FLOAT))], {}, FLOAT, values.shape)
     flat = add.reshape(scaled, [*lead, blocks * block], [0] * len(lead) + [blocks * block])

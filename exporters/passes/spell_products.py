@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from exporters.blocks import unpack_bits
-from exporters.ops.tensorrt import BUILD
+from exporters.ops import BUILD
 from exporters.passes.context import Context
 from exporters.passes.editor import Editor
 from exporters.passes.initializers import lazy_initializer

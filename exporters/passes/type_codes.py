@@ -23,8 +23,8 @@ TYPES = {4: ir.DataType.UINT4, 8: ir.DataType.UINT8}
 def type_codes(model: ir.Model, context: Context) -> None:
     """Edits ``model`` in place."""
     for node in list(model.graph):
-        if node.op_type != "DequantizeLinear":
-            continue
+        if node.op_type != "DequantizeLinear" or node.inputs[0].dtype != ir.DataType.UINT8:
+            continue  # those of other types are written as what they are already
         codes, scales, zeros = (*node.inputs, None)[:3]
         block = node.attributes["block_size"].as_int()
         rows, blocks, width = codes.const_value.shape

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 Array = np.ndarray[Any, Any]
@@ -67,6 +68,33 @@ def quantized_linear(x, codes, scales, zeros, bias, bits, columns):
 
 def quantized_embedding(ids, codes, scales, zeros, bits, columns):
     return (dequantised(codes, scales, zeros, bits, columns)[ids],)
+
+
+#: value of each code, by numpy's own types; nf4's are quantiles of a normal distribution (QLoRA, appendix E)
+_TYPES = {
+    "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
+    "float8_e5m2": ml_dtypes.float8_e5m2,
+    "float4_e2m1fn": ml_dtypes.float4_e2m1fn,
+}
+_NF4 = (
+    -1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.09105004, 0.0, 0.0795803, 0.1609302,
+    0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0,
+)  # fmt: skip
+
+
+def looked_up(codes: Array, scales: Array, encoding: str, columns: int) -> Array:
+    each = unpacked(codes, 4 if encoding in ("nf4", "float4_e2m1fn") else 8).astype(np.uint8)
+    values = np.array(_NF4)[each] if encoding == "nf4" else each.view(_TYPES[encoding]).astype(float)
+    return (values * scales.astype(float)[..., None]).reshape(len(codes), -1)[:, :columns]
+
+
+def table_linear(x, codes, scales, bias, encoding, columns):
+    y = x.astype(float) @ looked_up(codes, scales, encoding, columns).T
+    return (y if bias is None else y + bias,)
+
+
+def table_embedding(ids, codes, scales, encoding, columns):
+    return (looked_up(codes, scales, encoding, columns)[ids],)
 
 
 def rms_norm(x, weight, eps):
@@ -184,6 +212,43 @@ def _embedding(bits: int, block: int, zeros: bool, columns: int) -> Case:
     fixed = _quantised(bits, block, zeros, 13, columns)
     label = f"int{bits}-block{block}-{'zeros' if zeros else 'symmetric'}-13x{columns}"
     return Case("quantized_embedding", label, inputs, {"ids": 1}, fixed, quantized_embedding)
+
+
+def _coded(encoding: str, block: int, rows: int, columns: int, uniform: bool = False) -> dict[str, Any]:
+    """Random codes that are numbers, in the layout of ``edge::table_linear``; ``uniform``: one scale a row."""
+    random = np.random.default_rng(block)
+    blocks, bits = -(-columns // block), 4 if encoding in ("nf4", "float4_e2m1fn") else 8
+    codes = random.integers(0, 256, (rows, blocks, block * bits // 8), np.uint8)
+    if encoding in _TYPES and bits == 8:
+        codes[~np.isfinite(codes.view(_TYPES[encoding]).astype(float))] = 0
+    scales = random.uniform(0.001, 0.1, (rows, 1 if uniform else blocks)).astype(np.float32)
+    return {
+        "codes": codes,
+        "scales": np.broadcast_to(scales, (rows, blocks)).copy(),
+        "encoding": encoding,
+        "columns": columns,
+    }
+
+
+def _table_linear(encoding: str, block: int, rows: int, columns: int, *, bias=False, flat=False, uniform=False) -> Case:
+    fixed = _coded(encoding, block, rows, columns, uniform)
+    fixed["bias"] = np.linspace(-3, 3, rows, dtype=np.float32) if bias else None
+
+    def inputs(random: np.random.Generator, length: int) -> dict[str, Array]:
+        shape = (length, columns) if flat else (1, length, columns)
+        return {"x": random.standard_normal(shape).astype(np.float32)}
+
+    parts = [encoding, f"block{block}", f"{rows}x{columns}"]
+    label = "-".join(parts + ["bias"] * bias + ["flat"] * flat + ["uniform"] * uniform)
+    return Case("table_linear", label, inputs, {"x": 0 if flat else 1}, fixed, table_linear)
+
+
+def _table_embedding(encoding: str, block: int, columns: int) -> Case:
+    def inputs(random: np.random.Generator, length: int) -> dict[str, Array]:
+        return {"ids": random.integers(0, 13, (1, length)).astype(np.int32)}
+
+    fixed = _coded(encoding, block, 13, columns)
+    return Case("table_embedding", f"{encoding}-block{block}-13x{columns}", inputs, {"ids": 1}, fixed, table_embedding)
 
 
 def _attention(
@@ -333,6 +398,17 @@ CASES: tuple[Case, ...] = (
     *(_embedding(bits, 32, zeros, 96) for bits, zeros in itertools.product((4, 8), (False, True))),
     _embedding(4, 32, True, 41),
     _embedding(8, 128, False, 130),
+    _table_linear("float8_e4m3fn", 128, 7, 384),
+    _table_linear("float8_e4m3fn", 32, 9, 41, bias=True),
+    _table_linear("float8_e4m3fn", 128, 6, 256, uniform=True),
+    _table_linear("float8_e5m2", 64, 7, 192),
+    _table_linear("float4_e2m1fn", 16, 7, 48, bias=True),
+    _table_linear("float4_e2m1fn", 32, 9, 41),
+    _table_linear("nf4", 64, 7, 192),
+    _table_linear("nf4", 32, 5, 41, bias=True, flat=True),
+    _table_embedding("float8_e4m3fn", 32, 96),
+    _table_embedding("nf4", 32, 41),
+    _table_embedding("float4_e2m1fn", 16, 48),
     _attention("separate-groups2", 4, 2, packed=False, rope=False),
     _attention("separate-groups2-rope", 4, 2, packed=False),
     _attention("separate-groups3-window", 6, 2, packed=False, rope=False, window=5),

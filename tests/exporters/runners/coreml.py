@@ -34,6 +34,8 @@ OPERATORS = {
     "rope_angles": "gather",
     "snake": "sin",
     "swiglu": "silu",
+    "table_embedding": "constexpr_lut_to_dense",
+    "table_linear": "constexpr_lut_to_dense",
 }
 #: coremltools writes a product and a sum by channel as a batch norm whose variance is 1 and whose epsilon 1e-5: 5e-6.
 TOLERANCE = {
@@ -59,6 +61,13 @@ LEFT_OUT = {
         "kv_attention-packed-groups2-rope",
         "kv_attention-packed-groups2-width20",
         "kv_attention-packed-groups2-rope-window-softcap",
+        "table_embedding-float8_e4m3fn-block32-13x96",
+        "table_embedding-float4_e2m1fn-block16-13x48",
+        "table_linear-float8_e4m3fn-block128-7x384",
+        "table_linear-float8_e4m3fn-block128-6x256-uniform",
+        "table_linear-float8_e5m2-block64-7x192",
+        "table_linear-float4_e2m1fn-block16-7x48-bias",
+        "table_linear-nf4-block64-7x192",
     },
 }
 #: Masked slots are multiplied by 0, so they have to be finite: states start from zeros.

@@ -30,6 +30,8 @@ OPERATORS = {
         "rope_angles": "",
         "snake": "",
         "swiglu": "QuickGelu",
+        "table_embedding": "Gather",
+        "table_linear": "",  # by its encoding, see TABLES
     },
     "onnx/standard": {
         "add_rms_norm": "RMSNormalization",
@@ -44,6 +46,23 @@ OPERATORS = {
         "rope_angles": "",
         "snake": "",
         "swiglu": "",
+        "table_embedding": "Gather",
+        "table_linear": "",
+    },
+}
+#: target -> encoding -> operator
+TABLES = {
+    "onnx/fused": {
+        "float4_e2m1fn": "MatMulNBits",
+        "float8_e4m3fn": "DequantizeLinear",
+        "float8_e5m2": "DequantizeLinear",
+        "nf4": "MatMulBnb4",
+    },
+    "onnx/standard": {
+        "float4_e2m1fn": "Gather",
+        "float8_e4m3fn": "DequantizeLinear",
+        "float8_e5m2": "DequantizeLinear",
+        "nf4": "Gather",
     },
 }
 TOLERANCE = {"exact": 0.0, "float32": 3e-6, "float16": 3e-3}
@@ -59,6 +78,10 @@ def build(recipe: Form, case: Case, program: Program, folder: Path) -> Step:
     ir.save(model, folder / "op.onnx")
     operators = {node.op_type for node in model.graph.all_nodes()}
     lowered = OPERATORS[recipe.target][case.op]
+    if case.op == "table_linear":
+        whole = case.fixed["columns"] % case.fixed["codes"].shape[1] == 0
+        lowered = TABLES[recipe.target][case.fixed["encoding"]]
+        lowered = "Gather" if lowered == "MatMulBnb4" and not whole else lowered
     assert not lowered or (lowered in operators) == (recipe.target not in case.decomposed), operators
     domains = {node.domain for node in model.graph.all_nodes()}
     assert not model.functions and (recipe.target != "onnx/standard" or domains == {""}), domains

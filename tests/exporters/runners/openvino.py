@@ -30,6 +30,8 @@ OPERATORS = {
     "rope_angles": "",
     "snake": "",
     "swiglu": "",
+    "table_embedding": "Gather",
+    "table_linear": "FullyConnected",
 }
 
 

@@ -41,6 +41,8 @@ _DECOMPOSED = {
     "rope_angles": "",
     "snake": "Sin",
     "swiglu": "Sigmoid",
+    "table_embedding": "Gather",
+    "table_linear": "",  # by its encoding, see _operator
 }
 _NATIVE = _DECOMPOSED | {
     "add_rms_norm": "RMSNormalization",
@@ -89,6 +91,13 @@ _EACH = {
     "rope_angles-16-int32",
     "snake-float32-6",
     "swiglu-float32-24",
+    "table_embedding-nf4-block32-13x41",
+    "table_linear-float4_e2m1fn-block32-9x41",
+}
+_TABLES = {
+    "table_linear-float8_e4m3fn-block128-7x384",
+    "table_linear-float8_e4m3fn-block128-6x256-uniform",
+    "table_linear-nf4-block64-7x192",
 }
 _WINDOW, _SEPARATE = "kv_attention-packed-groups2-rope-window-softcap", "kv_attention-separate-groups3-window"
 _PRODUCTS = {"quantized_linear-int8-block128-symmetric-33x130", "quantized_linear-int8-block16-zeros-1x37-bias"}
@@ -96,7 +105,7 @@ _NORMS = {"add_rms_norm-float32-48", "group_norm_silu-image-float32-6in3", "rms_
 USUAL = {
     "tensorrt/decomposed/exact": frozenset({_SEPARATE, *_EACH, *_PRODUCTS} - {_USUAL_ATTENTION}),
     "tensorrt/decomposed/fp16": frozenset({_WINDOW}),
-    "tensorrt/native/exact": frozenset({_WINDOW}),
+    "tensorrt/native/exact": frozenset({_WINDOW, *_TABLES}),
     "tensorrt/native/fp16": frozenset({_USUAL_ATTENTION, *_NORMS}),
     "tensorrt/fused/fp16": frozenset(
         {
@@ -113,7 +122,15 @@ USUAL = {
     ),
 }
 #: Ops that every target lowers alike: the first one runs all their rows.
-_ALIKE = ("quantized_embedding", "quantized_linear", "rope_angles", "snake", "swiglu", "codebook_lookup")
+_ALIKE = (
+    "codebook_lookup",
+    "quantized_embedding",
+    "quantized_linear",
+    "rope_angles",
+    "snake",
+    "swiglu",
+    "table_embedding",
+)
 
 
 def _left_out(target: str) -> frozenset[str]:
@@ -133,6 +150,9 @@ def _operator(form: str, target: str, case: Case) -> str:
     if form == "fused" and case.op == "projection":
         around = (case.fixed["norm"] is not None, case.fixed["gated"], "residual" in case.dynamic)
         return KERNELS[around]
+    if case.op == "table_linear":
+        typed = target == "native" and case.fixed["encoding"] == "float8_e4m3fn"
+        return "DequantizeLinear" if typed else "Gather"
     return OPERATORS[target][case.op]
 
 

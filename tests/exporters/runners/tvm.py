@@ -31,6 +31,15 @@ OPERATORS = {
     "rope_angles": "",
     "snake": "edge_activate",
     "swiglu": "edge_swiglu",
+    "table_embedding": "",
+    "table_linear": "",  # by its encoding, see TABLES
+}
+#: (op, whether integers stand for the values) -> kernel
+TABLES = {
+    ("table_embedding", False): "",
+    ("table_embedding", True): "edge_quantized_embedding",
+    ("table_linear", False): "edge_linear",
+    ("table_linear", True): "edge_quantized_linear",
 }
 TOLERANCE = {"exact": 0.0, "float32": 3e-6, "float16": 3e-3}
 #: Every length of a run in the attention cases.
@@ -49,7 +58,8 @@ def build(case: Case, program: Program, folder: Path) -> Step:
     functions = import_functions(program, fast=False, lengths=LENGTHS)
     library, weights = folder / "op.so", folder / "op.safetensors"
     operators = compile_library(functions, target, library)
-    assert not OPERATORS[case.op] or any(name.startswith(OPERATORS[case.op]) for name in operators), operators
+    wanted = OPERATORS[case.op] or TABLES.get((case.op, case.fixed.get("encoding") == "float4_e2m1fn"))
+    assert not wanted or any(name.startswith(wanted) for name in operators), operators
     write_parameters(weights, {name: p for f in functions.values() for name, p in f.parameters.items()})
     artifact = describe(program, ("compiled", "exact"), (library.name, weights.name, ""), operators, target, functions)
     loaded = Loaded(artifact, library, weights)
