@@ -117,7 +117,8 @@ def convert(program: Program, recipe: Recipe, sizes: Mapping[str, int] | None, p
         outputs += [ct.TensorType(name=s.output, dtype=np.dtype(s.dtype).type) for s in program.states]
     pipeline = ct.PassPipeline.DEFAULT
     # It makes lengths and indices 16 bits wide, which positions in a long sound or a large vocabulary outgrow.
-    pipeline.remove_passes({"common::add_int16_cast"})
+    # The other one multiplies a table by the scales in front of it: a table of its own for every block of codes.
+    pipeline.remove_passes({"common::add_int16_cast", "common::canonicalize_quantized_lut_pattern"})
     precision = ct.transform.FP16ComputePrecision(op_selector=Searches()) if recipe.half else ct.precision.FLOAT32
     with column.lowering(scope), warnings.catch_warnings(), quietly():
         warnings.simplefilter("ignore")

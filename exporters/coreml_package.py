@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from exporters.coreml_convert import quietly
+from exporters.encodings import ENCODINGS, values
 from exporters.inheritance import StoredMatrix
 from exporters.ops.coreml import PREFIX, matrix_name
 from exporters.program import Inherited
@@ -192,6 +193,8 @@ def _stored(op: Any) -> StoredMatrix:
     """Signed codes are the unsigned ones less 2^(bits-1), with no zero points of their own."""
     from coremltools.converters.mil.mil import types
 
+    if op.data.op is not None and op.data.op.op_type == "constexpr_lut_to_dense":
+        return _looked_up(op.data.op, np.asarray(op.scale.val))
     kind = types.builtin_to_string(op.data.dtype)
     bits = int(kind.removeprefix("u").removeprefix("int"))
     data, scales = (np.asarray(value.val) for value in (op.data, op.scale))
@@ -207,11 +210,23 @@ def _stored(op: Any) -> StoredMatrix:
     return StoredMatrix(codes.astype(np.uint8), scales, points, bits, codes.shape[1] // scales.shape[1])
 
 
+def _looked_up(op: Any, scale: np.ndarray) -> StoredMatrix:
+    """Indices into a table, which is one of exporters/encodings.py up to what stands for codes that are no numbers."""
+    indices, table = np.asarray(op.indices.val), np.asarray(op.lut.val).reshape(-1).astype(np.float32)
+    rows = indices.shape[0]
+    codes, scales = indices.reshape(rows, -1).astype(np.uint8), scale.reshape(rows, -1).astype(np.float32)
+    wanted = {name: np.nan_to_num(values(name)) for name in ENCODINGS}
+    same = [name for name, held in wanted.items() if np.array_equal(held, table)]
+    bits, block = len(table).bit_length() - 1, codes.shape[1] // scales.shape[1]
+    return StoredMatrix(codes, scales, None, bits, block, *same or ["unknown"])
+
+
 def _agreed(held: list[StoredMatrix], functions: int) -> StoredMatrix:
     first = held[0]
     same = len(held) == functions and all(
         np.array_equal(first.codes, other.codes)
         and np.array_equal(first.scales, other.scales)
+        and first.encoding == other.encoding
         and (first.zero_points is None) == (other.zero_points is None)
         and (first.zero_points is None or np.array_equal(first.zero_points, other.zero_points))
         for other in held[1:]

@@ -11,8 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from exporters.encodings import INTEGER, values
 from exporters.program import Inherited, Program
 from exporters.quantized import QuantizedTensor
+
+#: The encoding of weights that stand in an artifact as float32.
+FLOAT = "float32"
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,7 @@ class StoredMatrix:
         scales: float32 [N, nb].
         zero_points: uint8 [N, nb], or None, which means 2^(bits-1).
         bits, block: bits per code, columns per scale.
+        encoding: what the codes stand for (exporters/encodings.py); FLOAT where they are the weights, float32 [N, K].
     """
 
     codes: np.ndarray
@@ -31,6 +36,17 @@ class StoredMatrix:
     zero_points: np.ndarray | None
     bits: int
     block: int
+    encoding: str = INTEGER
+
+    def weights(self) -> np.ndarray:
+        """float32 [N, columns or more]: what is multiplied with."""
+        if self.encoding == FLOAT:
+            return self.codes
+        table = None if self.encoding == INTEGER else values(self.encoding)
+        points = _zeros(self.zero_points, self.scales, self.bits).astype(np.float32)
+        width = self.codes.shape[1]
+        scales, points = (np.repeat(part, self.block, 1)[:, :width] for part in (self.scales, points))
+        return (self.codes - points if table is None else table[self.codes]) * scales
 
 
 @dataclass(frozen=True)
@@ -84,8 +100,11 @@ def _matrix(
 def _tensor(tensor: QuantizedTensor, stored: StoredMatrix, rows: slice, columns: int) -> tuple[bool, bool, bool]:
     """Whether codes, scales and zero points are identical, compared column by column.
 
-    The artifact's field may be wider than a code (3 bits in 4): the same numbers stand in it.
+    The artifact's field may be wider than a code (3 bits in 4): the same numbers stand in it. Codes of another encoding
+    are the student's rewritten: there the weights must be the same numbers.
     """
+    if stored.encoding != tensor.encoding:
+        return (np.array_equal(stored.weights()[rows, :columns], tensor.dequantize()),) * 3
 
     def spread(values: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(np.repeat(values[rows], stored.block, 1)[:, :columns])

@@ -11,6 +11,8 @@ import onnx_ir as ir
 
 from exporters.blocks import unpack_bits
 from exporters.inheritance import StoredMatrix
+from exporters.onnx_tables import read_table, table_name
+from exporters.passes.spell_tables import DOUBLED
 from exporters.passes.split_bytes import SUFFIX
 from exporters.program import Inherited
 
@@ -25,7 +27,9 @@ def read_matrices(path: Path, inherited: Mapping[str, Inherited] = MappingProxyT
     """
     found = {}
     for node in ir.load(path).graph:
-        if node.op_type == "MatMulNBits":
+        if (name := table_name(node)) in inherited and node.op_type != "MatMulNBits":
+            found[name] = read_table(node, inherited[name])
+        elif node.op_type == "MatMulNBits":
             stored = _from_matmul(node)
             found[_matrix_name(node)] = _joined(stored) if node.inputs[1].name.endswith(SUFFIX) else stored
         elif node.op_type == "DequantizeLinear":
@@ -37,7 +41,7 @@ def read_matrices(path: Path, inherited: Mapping[str, Inherited] = MappingProxyT
 
 def _matrix_name(node: ir.Node) -> str:
     codes = node.inputs[1] if node.op_type == "MatMulNBits" else node.inputs[0]
-    return codes.name.removesuffix(".typed").removesuffix(SUFFIX).removesuffix(".codes")
+    return codes.name.removesuffix(".typed").removesuffix(SUFFIX).removesuffix(".codes").removesuffix(DOUBLED)
 
 
 def _table(node: ir.Node) -> str:
@@ -53,7 +57,8 @@ def _from_lookup(node: ir.Node, layout: Inherited) -> StoredMatrix:
     zeros = initializers.get(f"{prefix}.zeros")
     codes = unpack_bits(packed.reshape(rows, -1), layout.bits, blocks * layout.block)
     points = None if zeros is None else unpack_bits(values(zeros), layout.bits, blocks)
-    return StoredMatrix(codes, values(initializers[f"{prefix}.scales"]), points, layout.bits, layout.block)
+    scales = values(initializers[f"{prefix}.scales"])
+    return StoredMatrix(codes, scales, points, layout.bits, layout.block, layout.encoding)
 
 
 def values(value: ir.Value) -> np.ndarray:

@@ -89,6 +89,8 @@ def _matrix(reshape: Any) -> tuple[str, StoredMatrix] | None:
     try:
         product, _ = _inputs(reshape, "Reshape")
         centred, scales = _inputs(product, "Multiply")
+        if centred.get_type_name() == "Convert":
+            return _table(centred, scales)
         converted, points = _inputs(centred, "Subtract")
         [codes] = _inputs(converted, "Convert")
         [points] = _inputs(points, "Convert")
@@ -103,6 +105,20 @@ def _matrix(reshape: Any) -> tuple[str, StoredMatrix] | None:
     zeros = np.broadcast_to(_unpacked(points, bits).reshape(points.get_output_shape(0)), (rows, blocks, 1))
     values = np.array(scales.data, np.float32).reshape(rows, blocks)
     return codes.get_friendly_name().removesuffix(CODES), StoredMatrix(unpacked, values, zeros[..., 0], bits, block)
+
+
+def _table(converted: Any, scales: Any) -> tuple[str, StoredMatrix] | None:
+    """Codes of a type whose values OpenVINO knows, straight from the conversion to the scales."""
+    [codes] = _inputs(converted, "Convert")
+    names = {getattr(ov.Type, kind): encoding for encoding, kind in TABLE_TYPES.items()}
+    encoding = names.get(codes.get_element_type())
+    if encoding is None or any(node.get_type_name() != "Constant" for node in (codes, scales)):
+        return None
+    rows, blocks, block = codes.get_output_shape(0)
+    bits = ENCODINGS[encoding].bits
+    unpacked = _unpacked(codes, bits).reshape(rows, blocks * block)
+    held = np.array(scales.data, np.float32).reshape(rows, blocks)
+    return codes.get_friendly_name().removesuffix(CODES), StoredMatrix(unpacked, held, None, bits, block, encoding)
 
 
 def _inputs(node: Any, kind: str) -> list[Any]:

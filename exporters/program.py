@@ -15,6 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 
+from exporters.encodings import INTEGER
 from runtimes.bundle import StateSpec, TensorSpec
 
 
@@ -51,6 +52,7 @@ class Inherited:
         sources: module names of the student.
         rows: rows of each.
         columns, bits, block: K, bits per code, columns per block.
+        encoding: what the codes stand for (exporters/encodings.py).
     """
 
     sources: tuple[str, ...]
@@ -58,6 +60,7 @@ class Inherited:
     columns: int
     bits: int
     block: int
+    encoding: str = INTEGER
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from exporters import onnx_observation, ops, passes, tensorrt_rtx
 from exporters.backends import Job, Kind, new_artifact
+from exporters.encodings import INTEGER
 from exporters.external_data import WeightFile
 from exporters.half import to_half
 from exporters.inheritance import StoredMatrix
@@ -76,6 +77,8 @@ class TensorRtExporter:
         if kind[0] == FUSED and not generation.plugins:
             reasons.append(f"{program.entry}: {profile.tensorrt_version} takes no plugins, which our kernels come as")
         for name, matrix in program.inherited.items():
+            if matrix.encoding != INTEGER:
+                continue  # a table, which every generation gathers from
             if matrix.bits not in (4, 8):
                 reasons.append(f"{program.entry}: {name} has {matrix.bits} bits, TensorRT has INT4 and INT8")
             elif (

@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from exporters.blocks import unpack_bits
 from exporters.inheritance import StoredMatrix
+from exporters.onnx_tables import read_table, table_name
 from exporters.onnx_weights import values
 from exporters.ops.tensorrt import EDGE, WEIGHTS_AT
 from exporters.passes.spell_products import CODES, OFFSETS
@@ -34,7 +35,9 @@ def _stored(model: ir.Model, inherited: Mapping[str, Inherited]) -> Iterator[tup
     initializers = model.graph.initializers
     for node in model.graph:
         name = node.inputs[0].name or "" if node.inputs and node.inputs[0] is not None else ""
-        if node.op_type == "DequantizeLinear" and name.endswith(CODES):
+        if (table := table_name(node)) is not None:
+            yield table, read_table(node, inherited[table])
+        elif node.op_type == "DequantizeLinear" and name.endswith(CODES):
             prefix = name.removesuffix(CODES)
             yield prefix, _from_signed(node, initializers.get(prefix + OFFSETS), inherited[prefix])
         elif node.op_type == "Gather" and name.endswith(f".codes{SUFFIX}"):
@@ -66,7 +69,12 @@ def _from_words(codes: ir.Value, scales: ir.Value, zeros: ir.Value | None, layou
     blocks = table.shape[1]
     points = None if zeros is None else unpack_bits(_bytes(zeros), layout.bits, blocks)
     return StoredMatrix(
-        unpack_bits(_bytes(codes), layout.bits, blocks * layout.block), table, points, layout.bits, layout.block
+        unpack_bits(_bytes(codes), layout.bits, blocks * layout.block),
+        table,
+        points,
+        layout.bits,
+        layout.block,
+        layout.encoding,
     )
 
 

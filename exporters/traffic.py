@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from exporters import ops
+from exporters.encodings import INTEGER
 from exporters.program import Program
 
 
@@ -32,6 +33,11 @@ def _read_whole(program: Program) -> Iterator[str]:
 
 
 def stored_precision(program: Program) -> str:
-    """The weights' own precision, as in "int4 g32 + int8 g256", or "float32"."""
-    kinds = sorted({f"int{matrix.bits} g{matrix.block}" for matrix in program.inherited.values()})
+    """The weights' own precision, as in "int4 g32 + int8 g256" or "nf4 g64", or "float32"."""
+    kinds = sorted(
+        {
+            f"{f'int{matrix.bits}' if matrix.encoding == INTEGER else matrix.encoding} g{matrix.block}"
+            for matrix in program.inherited.values()
+        }
+    )
     return " + ".join(kinds) or "float32"

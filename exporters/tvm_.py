@@ -28,6 +28,7 @@ from exporters import cpu_layout, ops, tvm_gpu
 from exporters.backends import Job, Kind, new_artifact
 from exporters.blocks import unpack_bits
 from exporters.inheritance import StoredMatrix
+from exporters.ops import tvm_tables
 from exporters.ops.tvm import lowerings, refused_cache
 from exporters.program import Inherited, Program, specialise
 from exporters.traffic import stored_precision
@@ -145,6 +146,8 @@ class TvmExporter:
                 names = [f"{prefix}.{part}:panels" for part in ("codes", "scales", "zeros")]
                 codes, scales, zeros = (file.get_tensor(n) if n in held else None for n in names)
                 if codes is None or scales is None:
+                    if (table := tvm_tables.stored(file, held, prefix, layout)) is not None:
+                        found[prefix] = table
                     continue
                 rows = sum(layout.rows)
                 packed = cpu_layout.PackedWeight(codes, scales, zeros)

@@ -301,8 +301,17 @@ def load_package(folder: Path) -> Mapping[str, Program]:
 
 def stored(programs: Iterable[Program]) -> dict[str, str]:
     """What a reader of the numbers must know of how the weights are stored: that tables of clusters stand for them."""
-    kinds = {operation.type for program in programs for operation in program.operations}
-    return {"weights": "palettised, a re-quantisation"} if "constexpr_lut_to_dense" in kinds else {}
+    for program in programs:
+        operations = program.operations
+        # A table below scales is that of an encoding (fp8, fp4, nf4), which the student's own codes stand for.
+        scaled = {
+            operation.arguments["data"].name
+            for operation in operations
+            if operation.type == "constexpr_blockwise_shift_scale" and isinstance(operation.arguments["data"], Name)
+        }
+        if any(o.type == "constexpr_lut_to_dense" and o.outputs[0][0] not in scaled for o in operations):
+            return {"weights": "palettised, a re-quantisation"}
+    return {}
 
 
 def _root(folder: Path) -> Path:

@@ -67,7 +67,7 @@ class Matrices:
             ]
             self.constants[f"{path}.{name}"] = _concatenated(parts)
         self.inherited[path] = Inherited(
-            tuple(sources), tuple(t.shape[0] for t in tensors), columns, layout.bits, layout.block
+            tuple(sources), tuple(t.shape[0] for t in tensors), columns, layout.bits, layout.block, layout.encoding
         )
         return matrix
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from exporters import ops
 from exporters.blocks import BlockLayout
+from exporters.encodings import INTEGER
 
 
 class Shared:
@@ -29,23 +30,27 @@ class QuantizedWeight(nn.Module):
 
     Args:
         rows, columns: N and K.
-        layout: bits per code, columns per block, whether zero points are stored.
+        layout: bits per code, columns per block, whether zero points are stored, what the codes stand for.
     """
 
     def __init__(self, rows: int, columns: int, layout: BlockLayout):
         super().__init__()
         blocks = -(-columns // layout.block)
-        self.bits, self.columns = layout.bits, columns
+        self.bits, self.columns, self.encoding = layout.bits, columns, layout.encoding
         self.register_buffer("codes", _bytes(rows, blocks, layout.block * layout.bits // 8))
         self.register_buffer("scales", torch.empty(rows, blocks))
         self.register_buffer("zeros", _bytes(rows, -(-blocks * layout.bits // 8)) if layout.zero_points else None)
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``x @ W.T + bias``."""
+        if self.encoding != INTEGER:
+            return ops.table_linear(x, self.codes, self.scales, bias, self.encoding, self.columns)
         return ops.quantized_linear(x, self.codes, self.scales, self.zeros, bias, self.bits, self.columns)
 
     def rows(self, ids: Tensor) -> Tensor:
         """Dequantised rows."""
+        if self.encoding != INTEGER:
+            return ops.table_embedding(ids, self.codes, self.scales, self.encoding, self.columns)
         return ops.quantized_embedding(ids, self.codes, self.scales, self.zeros, self.bits, self.columns)
 
 

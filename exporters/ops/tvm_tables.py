@@ -7,7 +7,7 @@ float32 matrix that it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +17,8 @@ from exporters import cpu_layout
 from exporters.blocks import look_up, unpack_bits
 from exporters.cpu_layout import PANEL
 from exporters.encodings import as_integers
+from exporters.inheritance import FLOAT, StoredMatrix
+from exporters.program import Inherited
 from exporters.tvm_fusion import arguments
 
 if TYPE_CHECKING:
@@ -87,3 +89,18 @@ def _floats(
         return pack(look_up(codes, scales.load(), given["encoding"], given["columns"]))
 
     return emit.weight(given["codes"], layout, "float32", shape, load)
+
+
+def stored(file: Any, held: Collection[str], prefix: str, layout: Inherited) -> StoredMatrix | None:
+    """A matrix of a table as a file of parameters holds it; ``held``: names of those that the library reads."""
+    rows = sum(layout.rows)
+    names = [f"{prefix}.codes:{DOUBLED}", f"{prefix}.scales:{HALVED}"]
+    if set(names) <= set(held):
+        packed = cpu_layout.PackedWeight(*map(file.get_tensor, names), None)
+        codes, scales, _ = cpu_layout.unpack_quantized(packed, 8, rows)
+        return StoredMatrix(codes.reshape(rows, -1), scales, None, 8, layout.block)
+    for kind, unpack in ((DENSE, lambda values: cpu_layout.unpack_linear(values, rows)), (ROWS, np.asarray)):
+        if f"{prefix}.codes:{kind}" in held:
+            weight = unpack(file.get_tensor(f"{prefix}.codes:{kind}"))
+            return StoredMatrix(weight, np.ones((rows, 1), np.float32), None, 32, layout.columns, FLOAT)
+    return None

@@ -29,6 +29,8 @@ from exporters.passes.initializers import add_initializer, lazy_initializer, val
 
 #: What is appended to a matrix's name for its codes and its scales.
 CODES, SCALES = ".coded", ".coded_scales"
+#: The same of a matrix that was rewritten for integers, whose parts are then called what theirs are.
+DOUBLED = ".doubled"
 FLOAT, UINT8 = ir.DataType.FLOAT, ir.DataType.UINT8
 TYPES = {"float8_e4m3fn": ir.DataType.FLOAT8E4M3FN, "float8_e5m2": ir.DataType.FLOAT8E5M2}
 #: MatMulBnb4's number of the table.
@@ -120,8 +122,8 @@ class Spelling:
 
     def _integers(self) -> ir.Value:
         shape = (self.rows, self.blocks, self.block)
-        codes = self._initializer(CODES, UINT8, shape, partial(_integers, self.codes, self.encoding))
-        scales = self._initializer(SCALES, FLOAT, (self.rows, self.blocks), partial(_halves, self.scales))
+        codes = self._initializer(f"{DOUBLED}.codes", UINT8, shape, partial(_integers, self.codes, self.encoding))
+        scales = self._initializer(f"{DOUBLED}.scales", FLOAT, (self.rows, self.blocks), partial(_halves, self.scales))
         numbers = dict(K=self.columns, N=self.rows, bits=8, block_size=self.block, accuracy_level=1)
         return self._contrib("MatMulNBits", [self.x, codes, scales], numbers)
 
