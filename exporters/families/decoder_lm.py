@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from exporters import passes
 from exporters.families import modules
-from exporters.families.attention import ATTENTION, StateCache
+from exporters.families.attention import ATTENTION, Layer, StateCache, read_layers, run
 from exporters.families.matrices import Matrices
 from exporters.families.swaps import Swap
+from exporters.families.unsupported import SUPPORTED, UnsupportedModule
 from exporters.program import Program, capture
 from runtimes.bundle import StateSpec, TensorSpec
 
@@ -29,24 +30,18 @@ if TYPE_CHECKING:
 class LanguageModel(nn.Module):
     """``forward(ids [1, S], last [1], *past) -> (logits [1, V] of the newest token, *present)``."""
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, layers: tuple[Layer, ...]):
         super().__init__()
         # The same attribute names as in transformers' class, so that the graph's names are the checkpoint's.
-        self.model, self.lm_head = model.model, model.lm_head
+        for name, child in model.named_children():
+            setattr(self, name, child)
         # The whole class is called: some families scale or cap the logits behind the head.
-        self._causal = modules.Shared(model)
+        self._causal, self._layers = modules.Shared(model), layers
 
     def forward(self, ids: Tensor, last: Tensor, *past: Tensor):
-        cache = StateCache(list(past), last)
+        cache = StateCache(self._layers, list(past), last)
         positions = last - (ids.shape[1] - 1) + torch.arange(ids.shape[1], dtype=torch.int32, device=ids.device)
-        logits = self._causal()(
-            input_ids=ids,
-            position_ids=positions[None],
-            past_key_values=cache,
-            use_cache=True,
-            edge_cache=cache,
-            logits_to_keep=1,
-        ).logits
+        logits = run(self._causal(), ids, positions[None], cache)
         return logits[:, -1], *cache.present
 
 
@@ -73,23 +68,27 @@ def capture_lm(student: Student, capacity: int) -> Program:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=ATTENTION).eval()
     matrices = Matrices(student, fake)
     Swap(matrices, capacity).model(model)
-
-    layers, width = config.num_hidden_layers, _head_dim(config)
-    shape = (1, config.num_key_value_heads, capacity, width)
+    layers = read_layers(model, capacity, fake)
     states = tuple(
-        StateSpec(f"{kind}_{i}", "float32", shape, f"past_{kind}_{i}", f"present_{kind}_{i}")
-        for i in range(layers)
+        StateSpec(
+            f"{kind}_{i}",
+            "float32",
+            (1, layer.kv_heads, capacity, layer.width),
+            f"past_{kind}_{i}",
+            f"present_{kind}_{i}",
+        )
+        for i, layer in enumerate(layers)
         for kind in ("key", "value")
     )
     with fake:
         examples = (
             torch.zeros(1, 3, dtype=torch.int32),
             torch.zeros(1, dtype=torch.int32),
-            *(torch.zeros(shape) for _ in states),
+            *(torch.zeros(state.shape) for state in states),
         )
     program = capture(
         "lm",
-        LanguageModel(model),
+        LanguageModel(model, layers),
         examples,
         {"ids": {1: "S"}},
         outputs=(TensorSpec("logits", "float32", (1, config.vocab_size)),),
@@ -98,8 +97,18 @@ def capture_lm(student: Student, capacity: int) -> Program:
         constants=matrices.constants,
         inherited=matrices.inherited,
     )
+    _check_loaded(program)
     return passes.apply(program, passes.PROGRAM)
 
 
-def _head_dim(config: PreTrainedConfig) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+def _check_loaded(program: Program) -> None:
+    """Every weight and buffer that the graph reads has a value."""
+    signature = program.exported.graph_signature
+    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    for node in program.exported.graph.find_nodes(op="placeholder"):
+        if node.users and node.name in names and names[node.name] not in program.constants:
+            raise UnsupportedModule(
+                "is computed when the module is made, and the checkpoint has no value for it",
+                where=names[node.name],
+                way_out=SUPPORTED,
+            )

@@ -43,12 +43,13 @@ class Matrices:
         if bias:
             loads = [self.float(f"{source}.bias") for source in sources]
             rows = sum(c.shape[0] for c in loads)
-            parameter = self.new(nn.Parameter, torch.empty(rows), requires_grad=False)
+            parameter = self.new(lambda: nn.Parameter(torch.empty(rows), requires_grad=False))
             self.constants[f"{path}.bias"] = _concatenated(loads)
         return modules.FusedLinear(matrix, parameter)
 
-    def embedding(self, path: str) -> modules.FusedEmbedding:
-        return modules.FusedEmbedding(self._matrix(f"{path}.matrix", [path]))
+    def embedding(self, path: str, scale: float | None = None) -> modules.FusedEmbedding:
+        matrix = self._matrix(f"{path}.matrix", [path])
+        return modules.FusedEmbedding(matrix) if scale is None else modules.ScaledEmbedding(matrix, scale)
 
     def _matrix(self, path: str, sources: list[str]) -> nn.Module:
         if sources[0] not in self.student.quantized:

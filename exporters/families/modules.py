@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -128,13 +130,51 @@ class FusedRMSNorm(nn.Module):
         return ops.rms_norm(x, self.weight, self.eps)
 
 
-class RopeTable(nn.Module):
-    """Rotary embedding by table, [C, D/2]: whatever scaling the family has is already in the numbers."""
+class PlainRMSNorm(nn.Module):
+    """RMSNorm without a weight."""
 
-    def __init__(self, capacity: int, half: int):
+    def __init__(self, eps: float):
         super().__init__()
-        self.register_buffer("cos", torch.empty(capacity, half))
-        self.register_buffer("sin", torch.empty(capacity, half))
+        self.eps = eps
 
-    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        return ops.rope_angles(self.cos, self.sin, position_ids)
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, torch.ones(x.shape[-1]), self.eps)
+
+
+class ScaledEmbedding(FusedEmbedding):
+    """Token embedding whose rows are multiplied by a constant; a tied head reads the table without it."""
+
+    def __init__(self, matrix: nn.Module, scale: float):
+        super().__init__(matrix)
+        self.scale = scale
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) * self.scale
+
+
+class RopeTables(nn.Module):
+    """Rotary embedding by table, one for each kind of layer: whatever scaling the family has is in the numbers.
+
+    Args:
+        widths: kind of layer ("" where there is one table) -> R, the angles of a position.
+        halves: both halves of the R angles are the same, so that the table [C, R/2] holds them once.
+    """
+
+    def __init__(self, capacity: int, widths: Mapping[str, int], halves: bool):
+        super().__init__()
+        self.halves = halves
+        for kind, width in widths.items():
+            for name in ("cos", "sin"):
+                shape = (capacity, width // 2 if halves else width)
+                self.register_buffer(table_name(kind, name), torch.empty(shape))
+
+    def forward(self, x: Tensor, position_ids: Tensor, layer_type: str = "") -> tuple[Tensor, Tensor]:
+        cos, sin = (getattr(self, table_name(layer_type, name)) for name in ("cos", "sin"))
+        if self.halves:
+            return ops.rope_angles(cos, sin, position_ids)
+        return F.embedding(position_ids, cos), F.embedding(position_ids, sin)
+
+
+def table_name(kind: str, name: str) -> str:
+    """Name of a buffer of RopeTables."""
+    return f"{kind}_{name}" if kind else name

@@ -1,26 +1,30 @@
-"""Swaps of whole leaf modules of a transformers model for fused ones, each proven before it is used."""
+"""Swaps of leaf modules of a transformers model for fused ones, each proven on random values before it is used.
+
+A module that has no fused form is traced as it is, if it has no weights of its own, or if it is shown to treat each
+position by itself. Anything else that holds weights was not understood, and the error names it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from exporters import ops
 from exporters.families import modules
 from exporters.families.matrices import Matrices
+from exporters.families.rope import tabulate
 from exporters.families.unsupported import SUPPORTED, UnsupportedModule
 from exporters.program import Constant
 
 #: joined projection -> its parts, in the order of their rows: one matrix product instead of several.
 JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
-#: RoPE types whose angles depend on the position alone, so that a table holds them.
-TABLE_ROPE = ("default", "linear", "llama3", "yarn")
-
-_PROBE_TOLERANCE = 2e-6
+#: How far a fused form may be from the module it replaces, relative to the largest value or to 1.
+PROBE_TOLERANCE = 2e-6
 
 
 class Swap:
@@ -33,26 +37,34 @@ class Swap:
         self._tied_head(model)
         for name, parent in list(model.named_modules()):
             for joined, parts in JOINED.items():
-                if all(isinstance(getattr(parent, part, None), nn.Linear) for part in parts):
+                if all(type(getattr(parent, part, None)) is nn.Linear for part in parts):
                     self._join(name, parent, joined, parts)
         for name, parent in list(model.named_modules()):
             for attribute, child in list(parent.named_children()):
                 path = f"{name}.{attribute}" if name else attribute
-                if isinstance(child, nn.Linear):
-                    setattr(parent, attribute, self.matrices.linear(path, [path], child.bias is not None))
-                elif isinstance(child, nn.Embedding):
-                    setattr(parent, attribute, self.matrices.embedding(path))
-                elif type(child).__name__.endswith("RMSNorm"):
-                    setattr(parent, attribute, self._norm(path, child))
-                elif type(child).__name__.endswith("RotaryEmbedding"):
-                    setattr(parent, attribute, self._rope(path, child, model.config))
+                if (fused := self._fused(path, child, model.config)) is not None:
+                    setattr(parent, attribute, fused)
         self._rest(model)
+
+    def _fused(self, path: str, child: nn.Module, config: PreTrainedConfig) -> nn.Module | None:
+        """What takes the place of ``child``, or None where it stays."""
+        kind = type(child)
+        if kind is nn.Linear:
+            return self.matrices.linear(path, [path], child.bias is not None)
+        if isinstance(child, nn.Embedding):
+            return self._embedding(path, child)
+        if kind.__name__.endswith("RotaryEmbedding"):
+            return self._rope(path, child, config)
+        if kind.__name__.endswith("Norm") and kind is not nn.LayerNorm:
+            return self._norm(path, child)
+        return None
 
     def _tied_head(self, model: PreTrainedModel) -> None:
         if not model.config.tie_word_embeddings:
             return
-        path = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())
-        embedding = self.matrices.embedding(path)
+        table = model.get_input_embeddings()
+        path = next(n for n, m in model.named_modules() if m is table)
+        embedding = self._embedding(path, table)
         model.set_input_embeddings(embedding)
         model.set_output_embeddings(modules.TiedHead(embedding.matrix))
 
@@ -68,61 +80,99 @@ class Swap:
             setattr(parent, part, modules.LinearSlice(fused, start, start + linear.out_features))
             start += linear.out_features
 
-    def _norm(self, path: str, norm: nn.Module) -> nn.Module:
-        """Swaps a norm after comparing it, on random values, with ``edge::rms_norm``."""
+    def _embedding(self, path: str, table: nn.Embedding) -> modules.FusedEmbedding:
+        """A table whose rows are taken as they are, or times a constant (Gemma's square root of the width)."""
+        if type(table) is nn.Embedding:
+            return self.matrices.embedding(path)
+        scale = getattr(table, "scalar_embed_scale", None)
+        if scale is None:
+            raise UnsupportedModule(f"{type(table).__name__} is not understood", where=path, way_out=SUPPORTED)
+        values = {"weight": _random(5, table.embedding_dim), "embed_scale": torch.tensor(scale)}
+        ids = torch.tensor([[4, 0, 2]])
+        fused = F.embedding(ids, values["weight"]) * scale
+        _same(path, table, torch.func.functional_call(table, values, (ids,)), fused)
+        return self.matrices.embedding(path, scale)
+
+    def _norm(self, path: str, norm: nn.Module) -> nn.Module | None:
+        """``edge::rms_norm`` with the weight as it is, with 1 + it (Gemma) or without any, whichever it computes.
+
+        The sum is the library's own, in float32, so nothing is lost by computing it ahead.
+        """
         eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-        if eps is None or not hasattr(norm, "weight"):
-            raise UnsupportedModule(
-                f"{type(norm).__name__} has no epsilon or weight that is understood",
-                where=path,
-                way_out=SUPPORTED,
-            )
-        size = norm.weight.shape[0]
-        generator = torch.Generator().manual_seed(0)
-        weight, x = torch.randn(size, generator=generator), torch.randn(2, 3, size, generator=generator)
-        expected = torch.func.functional_call(norm, {"weight": weight}, (x,))
-        _same(path, norm, expected, ops.rms_norm.reference(x, weight, eps))
-        self.matrices.constants[f"{path}.weight"] = self.matrices.float(f"{path}.weight")
+        names = [name for name, _ in _named_tensors(norm)]
+        if not isinstance(eps, float) or names not in ([], ["weight"]):
+            return None
+        size = norm.weight.shape[0] if names else 8
+        weight, x = _random(size), _random(2, 3, size)
+        try:
+            expected = torch.func.functional_call(norm, {"weight": weight} if names else {}, (x,))
+        except (TypeError, RuntimeError):  # called with more than the rows, so it is no plain norm
+            return None
+        forms = {"weight": weight, "1 + weight": 1 + weight} if names else {"ones": torch.ones(size)}
+        for form, multiplier in forms.items():
+            if _error(expected, ops.rms_norm.reference(x, multiplier, eps)) <= PROBE_TOLERANCE:
+                return self._rms_norm(path, form, size if names else None, eps)
+        return None
+
+    def _rms_norm(self, path: str, form: str, size: int | None, eps: float) -> nn.Module:
+        if size is None:
+            return modules.PlainRMSNorm(eps)
+        stored = self.matrices.float(f"{path}.weight")
+        added = Constant(stored.dtype, stored.shape, lambda: 1 + stored.load())
+        self.matrices.constants[f"{path}.weight"] = stored if form == "weight" else added
         return self.matrices.new(modules.FusedRMSNorm, size, eps)
 
     def _rope(self, path: str, rotary: nn.Module, config: PreTrainedConfig) -> nn.Module:
-        """Tabulates the family's own rotary module, after checking that its angles depend on position alone."""
-        kind = config.rope_parameters.get("rope_type", "default") if config.rope_parameters else "default"
-        if kind not in TABLE_ROPE:
-            raise UnsupportedModule(
-                f"RoPE type {kind!r} changes with the sequence length",
-                where=path,
-                way_out=f"Supported: {', '.join(TABLE_ROPE)}.",
-            )
-        own = type(rotary)(config=config)
-        positions = torch.arange(self.capacity)[None]
-        with torch.no_grad():
-            cos, sin = own(torch.zeros(1), positions)
-            short = own(torch.zeros(1), positions[:, :2])
-        half = cos.shape[-1] // 2
-        _same(
-            path,
-            rotary,
-            torch.cat([cos[..., :half], sin[..., :half]], -1),
-            torch.cat([cos[..., half:], sin[..., half:]], -1),
+        tables = tabulate(path, rotary, config, self.capacity)
+        halves = all(
+            table.shape[1] % 2 == 0 and torch.equal(*table.chunk(2, 1)) for pair in tables.values() for table in pair
         )
-        _same(path, rotary, short[0], cos[:, :2])
-        for name, values in (("cos", cos), ("sin", sin)):
-            self.matrices.constants[f"{path}.{name}"] = Constant.of(values[0, :, :half].contiguous().numpy())
-        return self.matrices.new(modules.RopeTable, self.capacity, half)
+        for kind, pair in tables.items():
+            for name, table in zip(("cos", "sin"), pair, strict=True):
+                kept = table[:, : table.shape[1] // 2] if halves else table
+                values = Constant.of(kept.contiguous().numpy())
+                self.matrices.constants[f"{path}.{modules.table_name(kind, name)}"] = values
+        widths = {kind: cos.shape[1] for kind, (cos, _) in tables.items()}
+        return self.matrices.new(modules.RopeTables, self.capacity, widths, halves)
 
     def _rest(self, model: PreTrainedModel) -> None:
         """Weights of modules that were left as they are."""
-        for name, _ in _named_tensors(model):
-            if name in self.matrices.constants:
+        for path, module in model.named_modules():
+            if not any(f"{path}.{name}" not in self.matrices.constants for name, _ in _own_tensors(module)):
                 continue
-            if name not in self.matrices.student.tensors:
-                raise UnsupportedModule(
-                    "the checkpoint has no value for this tensor",
-                    where=name,
-                    way_out=SUPPORTED,
-                )
-            self.matrices.constants[name] = self.matrices.float(name)
+            if type(module) is not nn.LayerNorm and list(module.parameters(recurse=False)):
+                _position_wise(path, module, model.config)
+            for name, _ in _own_tensors(module):
+                # A buffer that is computed at construction has no value here; capture refuses it if the graph reads it.
+                if f"{path}.{name}" in self.matrices.student.tensors:
+                    self.matrices.constants[f"{path}.{name}"] = self.matrices.float(f"{path}.{name}")
+
+
+def _position_wise(path: str, module: nn.Module, config: PreTrainedConfig) -> None:
+    """Refuses a module with weights of its own unless each row of its results depends on the same row alone."""
+    values = {name: _random(*tensor.shape) for name, tensor in _named_tensors(module)}
+    sizes = {tensor.shape[axis] for tensor in values.values() for axis in range(-tensor.dim(), 0)}
+    for size in sorted(sizes | {config.hidden_size}, reverse=True):
+        x = _random(1, 4, size)
+        try:
+            whole, part = (torch.func.functional_call(module, values, (rows,)) for rows in (x, x[:, 2:3]))
+        except Exception:  # noqa: S112 - rows of another width, or a call of another kind
+            continue
+        pairs = list(zip(_rows(whole), _rows(part), strict=False))
+        if pairs and all(a.shape[0] == 4 and _error(a[2:3], b) <= PROBE_TOLERANCE for a, b in pairs):
+            return
+    raise UnsupportedModule(f"{type(module).__name__} is not understood", where=path, way_out=SUPPORTED)
+
+
+def _rows(results: Tensor | tuple) -> list[Tensor]:
+    """Each result as [rows, ...]."""
+    given = results if isinstance(results, tuple) else (results,)
+    return [t.flatten(0, 1) if t.dim() == 3 else t for t in given if isinstance(t, Tensor)]
+
+
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters(recurse=False)
+    yield from module.named_buffers(recurse=False)
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -130,9 +180,20 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers()
 
 
+def _random(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def _error(expected: Tensor, got: Tensor) -> float:
+    """Largest difference, relative to the largest value or to 1."""
+    if expected.shape != got.shape:
+        return float("inf")
+    return (expected.float() - got.float()).abs().max().item() / max(1.0, expected.float().abs().max().item())
+
+
 def _same(path: str, module: nn.Module, expected: Tensor, got: Tensor) -> None:
-    error = (expected - got).abs().max().item()
-    if not error <= _PROBE_TOLERANCE * max(1.0, expected.abs().max().item()):
+    error = _error(expected, got)
+    if not error <= PROBE_TOLERANCE:
         raise UnsupportedModule(
             f"{type(module).__name__} computes something else than its fused form (difference {error:.2g})",
             where=path,

@@ -238,9 +238,10 @@ def _kv_attention(call: Call) -> Sequence[Output]:
     last = call.tensor(5)
     positions = call.once("positions", lambda: _positions(last, _size(call.tensor(0), 1)))
     if call.value(6) is not None:
+        tables = [call.tensor(index) for index in (6, 7)]  # families with windows have two pairs
         cos, sin = (
-            call.once(name, lambda i=index: _angles(call.tensor(i), positions))
-            for name, index in (("cos", 6), ("sin", 7))
+            call.once(f"angles {table.get_node().get_friendly_name()}", lambda t=table: _angles(t, positions))
+            for table in tables
         )
         query, key = _rotated(query, cos, sin, width), _rotated(key, cos, sin, width)
 
