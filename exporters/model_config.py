@@ -5,15 +5,18 @@ The model is built on the meta device, so nothing but shapes is ever allocated.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from exporters.errors import ConfigError
 from exporters.remote_code import refuse_remote_code
+from exporters.rope_config import check_rope
+from exporters.stored_names import Stored, stored_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -26,7 +29,6 @@ _DIMENSIONS = {
 MAX_COUNT = 4096
 _COUNT_KEY = re.compile(r"(n|num)_.*(layer|head|expert|group|block|stage)s?.*|.*(layers|experts|blocks|stages)")
 _REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _NOT_FOR_US = ("student_version", "quantization_config", "transformers_version", "architectures")
 
 
@@ -34,14 +36,16 @@ _NOT_FOR_US = ("student_version", "quantization_config", "transformers_version",
 class Skeleton:
     """What transformers' model of a config consists of.
 
-    parameters: name -> shape of every parameter and persistent buffer.
-    modules: name -> class names, most derived first, of every Linear and Embedding.
+    parameters: name -> shape of every parameter and persistent buffer, as the checkpoint stores them.
+    modules: name -> class names, most derived first, of every Linear and Embedding; each expert's matrices are Linears.
+    stored: parameter of the model -> the tensors that hold it, where those have other names.
     tied: name -> the name whose storage it shares (the output head of a tied model).
     """
 
     parameters: Mapping[str, tuple[int, ...]]
     modules: Mapping[str, tuple[str, ...]]
     tied: Mapping[str, str]
+    stored: Mapping[str, Stored] = field(default_factory=dict)
 
 
 def _check_dimensions(config: Mapping[str, Any], where: str) -> None:
@@ -105,21 +109,23 @@ def check_model_config(config: Mapping[str, Any], where: str = "config.json") ->
             where=where,
             way_out=f"The nearest decoders of transformers: {', '.join(near) or 'none'}",
         )
-    for key in _EXPERTS:
-        if isinstance(config.get(key), int) and config[key] > 1:
+    for key in ("text_config", "decoder_config", "llm_config"):
+        if isinstance(config.get(key), dict):
             raise ConfigError(
-                f"{key} is {config[key]}: a mixture of experts, which this version does not export",
+                f"model_type {kind!r} holds its decoder in {key}, beside encoders of other media",
                 where=where,
-                way_out="Use a dense decoder, such as Llama, Qwen2, Qwen3 or Mistral",
+                way_out=f"Save the decoder alone ({config[key].get('model_type', 'its text model')}) as a checkpoint",
             )
     _check_dimensions(config, where)
+    check_rope(config, where)
 
 
 def library_config(config: Mapping[str, Any], where: str = "config.json") -> PreTrainedConfig:
     """The transformers config object of a checked config, without quantisation (the weights are given, not made)."""
     from transformers import AutoConfig
 
-    plain = {key: value for key, value in config.items() if key not in _NOT_FOR_US}
+    # A copy in depth: the library writes what it derives into the objects it is given.
+    plain = {key: copy.deepcopy(value) for key, value in config.items() if key not in _NOT_FOR_US}
     kind = plain.pop("model_type")
     try:
         return AutoConfig.for_model(kind, attn_implementation="eager", **plain)
@@ -128,8 +134,12 @@ def library_config(config: Mapping[str, Any], where: str = "config.json") -> Pre
         raise ConfigError(f"transformers refuses it: {reason}", where=where, way_out="Correct the field") from error
 
 
-def skeleton(config: Mapping[str, Any], where: str = "config.json") -> Skeleton:
-    """Parameters, modules and ties of the model that transformers builds from `config`, on the meta device."""
+def skeleton(config: Mapping[str, Any], where: str = "config.json", present: Collection[str] = frozenset()) -> Skeleton:
+    """Parameters, modules and ties of the model that transformers builds from `config`, on the meta device.
+
+    Args:
+        present: names of the checkpoint's tensors: of a parameter that may be stored in two ways it decides which.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -159,4 +169,12 @@ def skeleton(config: Mapping[str, Any], where: str = "config.json") -> Skeleton:
         for name, module in model.named_modules()
         if isinstance(module, kinds)
     }
-    return Skeleton(parameters, modules, tied)
+    stored = stored_names(model, present, where)
+    for name, held in stored.items():
+        del parameters[name]
+        parameters |= held.names
+        parts = [part.removesuffix(".weight") for group in held.groups for part in group]
+        modules |= dict.fromkeys(parts, ("Linear", "Module"))
+        if not held.groups and (kind := modules.pop(name.removesuffix(".weight"), None)):
+            modules[next(iter(held.names)).removesuffix(".weight")] = kind
+    return Skeleton(parameters, modules, tied, stored)

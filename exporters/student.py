@@ -19,6 +19,7 @@ from exporters.quantization_config import module_schemes
 from exporters.quantized import QuantizedTensor
 from exporters.safe_files import FileEntry, hash_file
 from exporters.safetensors_header import FLOATS, TensorInfo
+from exporters.stored_names import assembled
 from exporters.tokenizer_files import (
     GOLDEN,
     Vocabulary,
@@ -40,13 +41,19 @@ class QuantizedTensors(Mapping[str, QuantizedTensor]):
     """Module name -> QuantizedTensor, decoded on access; nothing is kept, so keep what is used twice."""
 
     def __init__(
-        self, checkpoint: Checkpoint, schemes: Mapping[str, Scheme], shapes: Mapping[str, tuple[int, int]]
+        self,
+        checkpoint: Checkpoint,
+        schemes: Mapping[str, Scheme],
+        shapes: Mapping[str, tuple[int, int]],
+        stored: Mapping[str, str],
     ) -> None:
-        self._checkpoint, self._shapes = checkpoint, shapes
+        self._checkpoint, self._shapes, self._stored = checkpoint, shapes, stored
         self.schemes = schemes
 
     def __getitem__(self, module: str) -> QuantizedTensor:
-        return self.schemes[module].decode(self._checkpoint.tensor, module, self._shapes[module])
+        return self.schemes[module].decode(
+            self._checkpoint.tensor, self._stored.get(module, module), self._shapes[module]
+        )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.schemes)
@@ -65,6 +72,8 @@ class Student:
         modalities: by name; `begin`/`end_token` are token texts, `begin_id`/`end_id` their ids.
         tensors: the float tensors by name; read one with `tensor(name)`.
         quantized: the quantised weights by module name, decoded on access.
+        experts: parameter of all experts of a layer -> the weights that it is made of, see `Stored.groups`; those are
+            in `tensors` and `quantized` one by one, under the checkpoint's names. All else has transformers' names.
         tied: parameter name -> the parameter whose weight it shares ("lm_head.weight" of a tied model).
         special: {"bos": id or None, "eos": [ids], "pad": id or None}.
     """
@@ -78,6 +87,7 @@ class Student:
     modalities: Mapping[str, Modality]
     tensors: Mapping[str, TensorInfo]
     quantized: Mapping[str, QuantizedTensor]
+    experts: Mapping[str, tuple[tuple[str, ...], ...]]
     tied: Mapping[str, str]
     tokenizer: Path | None
     special: dict[str, Any]
@@ -87,6 +97,20 @@ class Student:
     def tensor(self, name: str) -> torch.Tensor:
         """A float tensor in its stored dtype, memory-mapped; KeyError for a name not in `tensors`."""
         return self.checkpoint.tensor(self.tensors[name].name)
+
+    def parameter(self, name: str) -> torch.Tensor:
+        """A parameter of transformers' model in float32: dequantised, and put together where it is stored in parts.
+
+        Raises KeyError for a name that the checkpoint holds no value for, as for a tied one.
+        """
+        import torch
+
+        if groups := self.experts.get(name):
+            return assembled(tuple(tuple(self.parameter(part) for part in group) for group in groups))
+        module = name.removesuffix(".weight")
+        if module in self.quantized:
+            return torch.from_numpy(self.quantized[module].dequantize())
+        return self.tensor(name).float()
 
     def library_config(self) -> PreTrainedConfig:
         """A fresh transformers config object of the decoder, without quantization_config."""
@@ -211,14 +235,23 @@ def load_student(folder: str | Path) -> Student:
     check_model_config(package.config)
     tokenizer, modalities, special = _open_tokenizer(package)
     checkpoint = open_checkpoint(package.folder, package.files)
-    expected = skeleton(package.config)
+    expected = skeleton(package.config, present=checkpoint.tensors)
     stored = package.config.get("quantization_config")
     schemes = {} if stored is None else module_schemes(stored, expected.modules, checkpoint)
     # A tied head carries no weight of its own, whatever the scheme's targets match.
     schemes = {name: scheme for name, scheme in schemes.items() if f"{name}.weight" not in expected.tied}
     tensors, shapes = _match_tensors(expected, schemes, checkpoint)
     checkpoint.check_finite(tensors)
-    quantized = QuantizedTensors(checkpoint, schemes, shapes)
+    # From here on a tensor that is stored under another name has that of transformers' model.
+    names = {disk: name for name, stored in expected.stored.items() if not stored.groups for disk in stored.names}
+    own = {disk.removesuffix(".weight"): name.removesuffix(".weight") for disk, name in names.items()}
+    tensors = {names.get(name, name): info for name, info in tensors.items()}
+    quantized = QuantizedTensors(
+        checkpoint,
+        {own.get(module, module): scheme for module, scheme in schemes.items()},
+        {own.get(module, module): shape for module, shape in shapes.items()},
+        {name: disk for disk, name in own.items()},
+    )
     for module in quantized:
         quantized[module]
     files = dict(package.files)
@@ -234,6 +267,7 @@ def load_student(folder: str | Path) -> Student:
         modalities=MappingProxyType(modalities),
         tensors=MappingProxyType(tensors),
         quantized=quantized,
+        experts=MappingProxyType({name: stored.groups for name, stored in expected.stored.items() if stored.groups}),
         tied=MappingProxyType(dict(expected.tied)),
         tokenizer=tokenizer,
         special=special,

@@ -262,10 +262,31 @@ def leaky_relu(x: Array, alpha: Any = 0.01) -> Array:
     return np.where(x > 0, x, np.float32(alpha) * x)
 
 
+_erf = np.vectorize(math.erf, otypes=[np.float32])
+
+
 def gelu(x: Array, mode: str = "EXACT") -> Array:
+    if mode == "EXACT":
+        return np.float32(0.5) * x * (1 + _erf(x / np.float32(math.sqrt(2))))
     if mode != "TANH_APPROXIMATION":
         raise ValueError(f"gelu of mode {mode}")
     return np.float32(0.5) * x * (1 + np.tanh(np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * x**3)))
+
+
+def topk(
+    x: Array,
+    k: Any,
+    axis: Any = -1,
+    ascending: Any = False,
+    sort: Any = True,
+    return_indices: Any = True,
+    output_indices_dtype: Any = None,
+) -> list[Array]:
+    # Of equal values the first, as the frameworks that models come from take them.
+    order = np.argsort(x if ascending else -x, int(axis), kind="stable")
+    indices = np.take(order, np.arange(int(k)), int(axis)).astype(np.int32)
+    values = np.take_along_axis(x, indices, int(axis))
+    return [values, indices] if return_indices else [values]
 
 
 def clip(x: Array, alpha: Any, beta: Any) -> Array:
@@ -378,6 +399,7 @@ OPS: Mapping[str, Lowered] = {
     "sub": lambda x, y: x - y,
     "tanh": lambda x: np.tanh(x),
     "tile": lambda x, reps: np.tile(x, _ints(reps)),
+    "topk": topk,
     "transpose": lambda x, perm: x.transpose(_ints(perm)),
     "upsample_nearest_neighbor": upsample_nearest_neighbor,
 }

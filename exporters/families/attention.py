@@ -8,6 +8,7 @@ eager attention obeys, so windows are read from it and not from a config's field
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,9 +27,11 @@ ATTENTION = "edge"
 #: What transformers hands to every attention and what a causal one with a cache does not need. A sliding window is
 #: read from the mask instead.
 _IGNORED = frozenset(
-    ("dropout", "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states")
-    + ("is_causal", "sliding_window", "position_embeddings", "return_dict", "output_router_logits", "logits_to_keep")
+    "dropout position_ids cache_position use_cache output_attentions output_hidden_states return_dict is_causal "
+    "sliding_window position_embeddings output_router_logits logits_to_keep".split()
 )
+#: The cache of the model that runs: families hand different arguments down to their attention.
+_CACHE: ContextVar[LayerReader | StateCache] = ContextVar("cache")
 #: How many queries of a mask are compared with the pattern that was read from it.
 _COMPARED = 512
 
@@ -201,17 +204,16 @@ def _culprit(error: BaseException, paths: Mapping[int, str]) -> str:
 
 def run(model: nn.Module, ids: Tensor, positions: Tensor, cache: LayerReader | StateCache) -> Tensor:
     """The logits [1, 1, V] of the newest token, by the model's own forward with ``cache`` in every attention."""
-    return model(
-        input_ids=ids,
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-        edge_cache=cache,
-        logits_to_keep=1,
-    ).logits
+    token = _CACHE.set(cache)
+    try:
+        return model(
+            input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+        ).logits
+    finally:
+        _CACHE.reset(token)
 
 
-def _edge_attention(module, query, key, value, attention_mask, scaling=None, edge_cache=None, softcap=None, **kwargs):
+def _edge_attention(module, query, key, value, attention_mask, scaling=None, softcap=None, **kwargs):
     """transformers' attention interface on top of ``edge::kv_attention``; query and key come with RoPE applied.
 
     Args:
@@ -226,14 +228,8 @@ def _edge_attention(module, query, key, value, attention_mask, scaling=None, edg
             where=type(module).__name__,
             way_out=SUPPORTED,
         )
-    if edge_cache is None:
-        raise UnsupportedModule(
-            "attention is called without the keyword arguments of the model's forward, so its cache is unknown",
-            where=type(module).__name__,
-            way_out=SUPPORTED,
-        )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    return edge_cache.attend(module, query, key, value, attention_mask, scale, softcap or 0.0), None
+    return _CACHE.get().attend(module, query, key, value, attention_mask, scale, softcap or 0.0), None
 
 
 def _edge_mask(mask_function: Callable[..., Tensor], **kwargs) -> Mask:

@@ -47,6 +47,11 @@ class Matrices:
             self.constants[f"{path}.bias"] = _concatenated(loads)
         return modules.FusedLinear(matrix, parameter)
 
+    def linear_of(self, path: str, weight: Constant) -> modules.FusedLinear:
+        """A linear layer over a float matrix that is made of several tensors."""
+        self.constants[f"{path}.matrix.weight"] = weight
+        return modules.FusedLinear(self.new(modules.FloatWeight, *weight.shape), None)
+
     def embedding(self, path: str, scale: float | None = None) -> modules.FusedEmbedding:
         matrix = self._matrix(f"{path}.matrix", [path])
         return modules.FusedEmbedding(matrix) if scale is None else modules.ScaledEmbedding(matrix, scale)

@@ -15,16 +15,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from exporters import ops
 from exporters.families import modules
+from exporters.families.experts import dense_experts, is_experts
 from exporters.families.matrices import Matrices
+from exporters.families.probes import PROBE_TOLERANCE, error, random, same
 from exporters.families.rope import tabulate
 from exporters.families.unsupported import SUPPORTED, UnsupportedModule
 from exporters.program import Constant
 
 #: joined projection -> its parts, in the order of their rows: one matrix product instead of several.
 JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-
-#: How far a fused form may be from the module it replaces, relative to the largest value or to 1.
-PROBE_TOLERANCE = 2e-6
 
 
 class Swap:
@@ -55,6 +54,8 @@ class Swap:
             return self._embedding(path, child)
         if kind.__name__.endswith("RotaryEmbedding"):
             return self._rope(path, child, config)
+        if is_experts(child):
+            return dense_experts(path, child, config, self.matrices)
         if kind.__name__.endswith("Norm") and kind is not nn.LayerNorm:
             return self._norm(path, child)
         return None
@@ -87,10 +88,10 @@ class Swap:
         scale = getattr(table, "scalar_embed_scale", None)
         if scale is None:
             raise UnsupportedModule(f"{type(table).__name__} is not understood", where=path, way_out=SUPPORTED)
-        values = {"weight": _random(5, table.embedding_dim), "embed_scale": torch.tensor(scale)}
+        values = {"weight": random(5, table.embedding_dim), "embed_scale": torch.tensor(scale)}
         ids = torch.tensor([[4, 0, 2]])
         fused = F.embedding(ids, values["weight"]) * scale
-        _same(path, table, torch.func.functional_call(table, values, (ids,)), fused)
+        same(path, table, torch.func.functional_call(table, values, (ids,)), fused)
         return self.matrices.embedding(path, scale)
 
     def _norm(self, path: str, norm: nn.Module) -> nn.Module | None:
@@ -103,14 +104,14 @@ class Swap:
         if not isinstance(eps, float) or names not in ([], ["weight"]):
             return None
         size = norm.weight.shape[0] if names else 8
-        weight, x = _random(size), _random(2, 3, size)
+        weight, x = random(size), random(2, 3, size)
         try:
             expected = torch.func.functional_call(norm, {"weight": weight} if names else {}, (x,))
         except (TypeError, RuntimeError):  # called with more than the rows, so it is no plain norm
             return None
         forms = {"weight": weight, "1 + weight": 1 + weight} if names else {"ones": torch.ones(size)}
         for form, multiplier in forms.items():
-            if _error(expected, ops.rms_norm.reference(x, multiplier, eps)) <= PROBE_TOLERANCE:
+            if error(expected, ops.rms_norm.reference(x, multiplier, eps)) <= PROBE_TOLERANCE:
                 return self._rms_norm(path, form, size if names else None, eps)
         return None
 
@@ -150,16 +151,16 @@ class Swap:
 
 def _position_wise(path: str, module: nn.Module, config: PreTrainedConfig) -> None:
     """Refuses a module with weights of its own unless each row of its results depends on the same row alone."""
-    values = {name: _random(*tensor.shape) for name, tensor in _named_tensors(module)}
+    values = {name: random(*tensor.shape) for name, tensor in _named_tensors(module)}
     sizes = {tensor.shape[axis] for tensor in values.values() for axis in range(-tensor.dim(), 0)}
     for size in sorted(sizes | {config.hidden_size}, reverse=True):
-        x = _random(1, 4, size)
+        x = random(1, 4, size)
         try:
             whole, part = (torch.func.functional_call(module, values, (rows,)) for rows in (x, x[:, 2:3]))
-        except Exception:  # noqa: S112 - rows of another width, or a call of another kind
+        except Exception:
             continue
         pairs = list(zip(_rows(whole), _rows(part), strict=False))
-        if pairs and all(a.shape[0] == 4 and _error(a[2:3], b) <= PROBE_TOLERANCE for a, b in pairs):
+        if pairs and all(a.shape[0] == 4 and error(a[2:3], b) <= PROBE_TOLERANCE for a, b in pairs):
             return
     raise UnsupportedModule(f"{type(module).__name__} is not understood", where=path, way_out=SUPPORTED)
 
@@ -178,24 +179,3 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_parameters()
     yield from model.named_buffers()
-
-
-def _random(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
-
-
-def _error(expected: Tensor, got: Tensor) -> float:
-    """Largest difference, relative to the largest value or to 1."""
-    if expected.shape != got.shape:
-        return float("inf")
-    return (expected.float() - got.float()).abs().max().item() / max(1.0, expected.float().abs().max().item())
-
-
-def _same(path: str, module: nn.Module, expected: Tensor, got: Tensor) -> None:
-    error = _error(expected, got)
-    if not error <= PROBE_TOLERANCE:
-        raise UnsupportedModule(
-            f"{type(module).__name__} computes something else than its fused form (difference {error:.2g})",
-            where=path,
-            way_out=SUPPORTED,
-        )

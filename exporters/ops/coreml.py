@@ -94,6 +94,21 @@ def _(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: f
     return torch.empty_like(x)
 
 
+@torch.library.custom_op(f"{NAMESPACE}::gelu_tanh", mutates_args=())
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU by tanh; the vendor's own translation passes over the keyword that says so, and takes the exact one."""
+    return torch.nn.functional.gelu(x, approximate="tanh")
+
+
+@gelu_tanh.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _gelu(x: Tensor, approximate: str = "none") -> Tensor:
+    return gelu_tanh(x) if approximate == "tanh" else torch.ops.aten.gelu(x)
+
+
 def _float_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return linear(x, weight, bias)
 
@@ -112,6 +127,7 @@ def decompositions(language_model: bool) -> dict[Any, Callable[..., Any]]:
         if f"{ops.NAMESPACE}::{name}" not in LOWERINGS and op is not ops.kv_attention  # which `attention` stands for
     }
     table[aten.group_norm.default] = _float_group_norm
+    table[aten.gelu.default] = _gelu
     if language_model:
         table[aten.linear.default] = _float_linear
     return table
@@ -591,6 +607,7 @@ LOWERINGS: Mapping[str, Callable[..., Any]] = {
     "edge::rope_angles": _rope_angles,
     "edge_coreml::attention": _attention,
     "edge_coreml::linear": _linear,
+    "edge_coreml::gelu_tanh": lambda scope, name, x: mb.gelu(x=x, mode="TANH_APPROXIMATION", name=name),
     "edge_coreml::group_norm": _group_norm,
     "cdist": _cdist,
     whole_quotient.__name__: _whole_quotient,

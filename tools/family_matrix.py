@@ -1,0 +1,163 @@
+"""Tries every causal language model of transformers with a tiny random config, and says what became of it.
+
+    python -m tools.family_matrix                  # prints one line per model_type
+    python -m tools.family_matrix --only llama,phi3
+
+For each model_type a config is made from the library's own defaults with small dimensions, a random model is saved as
+a checkpoint, opened and captured as a build does it, and the captured Program is run in PyTorch (its fused ops by
+their references), in chunks, against the model's own eager forward. `exact` is a relative error of at most 1e-5.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from exporters.errors import ExportError
+from exporters.families.decoder_lm import capture_lm
+from exporters.program import Program
+from exporters.student import load_student
+
+CAPACITY, VOCAB = 48, 131
+#: Tokens per step: a prompt, a chunk, single steps and a chunk again.
+CHUNKS = (24, 8, 1, 1, 6)
+LIMIT = 1e-5
+
+#: What every config is made small with; keys that a config class does not have are passed over.
+SMALL: dict[str, Any] = dict(
+    vocab_size=VOCAB,
+    hidden_size=40,
+    intermediate_size=56,
+    moe_intermediate_size=24,
+    shared_expert_intermediate_size=24,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    num_experts=4,
+    num_local_experts=4,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    max_position_embeddings=64,
+    initializer_range=0.3,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+    sliding_window=7,
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one model_type: the relative error, or why there is none."""
+
+    model_type: str
+    error: float | None
+    reason: str
+
+    @property
+    def status(self) -> str:
+        if self.error is None:
+            return "refused"
+        return "exact" if self.error <= LIMIT else "wrong"
+
+
+def tiny_config(model_type: str, options: dict[str, Any] | None = None):
+    """The library's config of a model_type with small dimensions."""
+    from transformers import CONFIG_MAPPING
+
+    kind = CONFIG_MAPPING[model_type]
+    default = kind()
+    values = {key: value for key, value in SMALL.items() if hasattr(default, key)}
+    return kind(**(values | (options or {})))
+
+
+def random_model(config) -> torch.nn.Module:
+    """A random model in float32 and eval mode whose norms and biases are random too."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # ones and zeros would hide a mistake
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def run_program(program: Program, ids: np.ndarray, chunks: Sequence[int]) -> np.ndarray:
+    """Logits [len(chunks), V] after each chunk of ids [1, T], by the Program's graph in PyTorch."""
+    signature = program.exported.graph_signature
+    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    names |= signature.inputs_to_lifted_tensor_constants
+    weights = {}
+    for node in program.exported.graph.find_nodes(op="placeholder"):
+        if node.name in names and (name := names[node.name]) in program.constants:
+            weights[node.name] = torch.from_numpy(np.array(program.constants[name].load()))
+        elif node.name in names and names[node.name] in program.exported.constants:
+            weights[node.name] = program.exported.constants[names[node.name]]
+    states = [torch.zeros(state.shape) for state in program.states]
+    interpreter, rows, end = torch.fx.Interpreter(program.exported.graph_module), [], 0
+    placeholders = [node.name for node in program.exported.graph.find_nodes(op="placeholder")]
+    for size in chunks:
+        end += size
+        given = iter((torch.from_numpy(ids[:, end - size : end]), torch.tensor([end - 1], dtype=torch.int32), *states))
+        feeds = [weights.get(name) if name in names else next(given) for name in placeholders]
+        with torch.no_grad():
+            logits, *states = interpreter.run(*feeds)
+        rows.append(logits[0].numpy())
+    return np.stack(rows)
+
+
+def compare(folder: Path, model: torch.nn.Module) -> float:
+    """Relative error of the captured Program of a checkpoint against the model it was saved from."""
+    ids = np.random.default_rng(0).integers(3, VOCAB, (1, sum(CHUNKS))).astype(np.int32)
+    with torch.no_grad():
+        logits = model(torch.from_numpy(ids).long(), use_cache=False).logits[0].numpy()
+    expected = logits[np.cumsum(CHUNKS) - 1]
+    got = run_program(capture_lm(load_student(folder), CAPACITY), ids, CHUNKS)
+    return float(np.abs(got - expected).max() / np.abs(expected).max())
+
+
+def attempt(model_type: str) -> Outcome:
+    """Builds, saves, captures and compares one model_type."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            model = random_model(tiny_config(model_type))
+            model.save_pretrained(folder)
+        except Exception as error:  # no tiny config can be made: whatever a config or model class raises
+            return Outcome(model_type, None, f"no tiny config: {type(error).__name__}: {error}".splitlines()[0])
+        try:
+            return Outcome(model_type, compare(Path(folder), model), "")
+        except ExportError as error:
+            return Outcome(model_type, None, str(error))
+
+
+def main() -> None:
+    """Command line."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", metavar="A,B", help="model_types to try (default: all)")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    for model_type in options.only.split(",") if options.only else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        try:
+            outcome = attempt(model_type)
+            print(f"{outcome.status:8} {model_type:24} {outcome.error} {outcome.reason}", flush=True)
+        except Exception as error:
+            print(f"CRASH    {model_type:24} {type(error).__name__}: {str(error)[:300]!r}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
