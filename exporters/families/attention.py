@@ -26,10 +26,10 @@ ATTENTION = "edge"
 
 #: What transformers hands to every attention and what a causal one with a cache does not need. A sliding window is
 #: read from the mask instead.
-_IGNORED = frozenset(
-    "dropout position_ids cache_position use_cache output_attentions output_hidden_states return_dict is_causal "
-    "sliding_window position_embeddings output_router_logits logits_to_keep".split()
-)
+_IGNORED = frozenset((
+    "dropout", "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states",
+    "return_dict", "is_causal", "sliding_window", "position_embeddings", "output_router_logits", "logits_to_keep",
+))  # fmt: skip
 #: The cache of the model that runs: families hand different arguments down to their attention.
 _CACHE: ContextVar[LayerReader | StateCache] = ContextVar("cache")
 #: How many queries of a mask are compared with the pattern that was read from it.
@@ -156,7 +156,7 @@ class StateCache(_Cache):
             self.layers_read[module.layer_idx].window,
             softcap,
         )
-        return out.unflatten(2, (heads, query.shape[-1]))
+        return out.reshape(*out.shape[:2], heads, query.shape[-1])
 
 
 def read_layers(model: nn.Module, capacity: int, fake: FakeTensorMode) -> tuple[Layer, ...]:

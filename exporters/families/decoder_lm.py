@@ -48,11 +48,11 @@ class LanguageModel(nn.Module):
 def build_reference(student: Student, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """transformers' unmodified model with the student's dequantised weights: in float32 the parity reference."""
     model = AutoModelForCausalLM.from_config(student.library_config(), dtype=dtype)
-    state = {name: student.tensor(name).float() for name in student.tensors}
-    for name, tensor in student.quantized.items():
-        state[f"{name}.weight"] = torch.from_numpy(tensor.dequantize())
-    model.load_state_dict(state, strict=False)
-    model.tie_weights()
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    with torch.no_grad():
+        for name, tensor in tensors.items():  # a tied one has one name here
+            if name in student.tensors or name.removesuffix(".weight") in student.quantized or name in student.experts:
+                tensor.copy_(student.parameter(name))
     return model.eval()
 
 

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
-from exporters.families.decoder_lm import capture_lm
-from exporters.student import Student, load_student
+from exporters.families.decoder_lm import build_reference, capture_lm
+from exporters.student import load_student
 from tests.exporters.families_maker import (
     CASES,
     CHUNKS,
@@ -185,18 +184,9 @@ def test_four_bit_checkpoints_compute_with_their_own_codes(name: str, backend: s
     student = load_student(folder)
     experts = [module for module in student.quantized if ".experts." in module]
     assert len(experts) == (36 if "mo" in name or name == "mixtral" else 0)
-    model = with_weights_of(student)
+    model = build_reference(student)
     program, ids = capture_lm(student, CAPACITY), tokens(sum(CHUNKS))
     assert {source for matrix in program.inherited.values() for source in matrix.sources} == set(student.quantized)
     (tmp_path / "out").mkdir()
     with opened(program, backend, (form, "exact"), tmp_path / "out") as session:
         assert relative(steps(session, ids, CHUNKS), expected(model, ids, CHUNKS)) <= LIMIT
-
-
-def with_weights_of(student: Student) -> torch.nn.Module:
-    """transformers' model, every parameter given by the student."""
-    model = AutoModelForCausalLM.from_config(student.library_config(), dtype=torch.float32).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(student.parameter(name))
-    return model
