@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from exporters.activations import Activation
 from exporters.checkpoint import Checkpoint, open_checkpoint
 from exporters.discretizer import load_discretizer
 from exporters.errors import PackageError, TokenizerError, WeightsError
@@ -75,6 +76,7 @@ class Student:
         experts: parameter of all experts of a layer -> the weights that it is made of, see `Stored.groups`; those are
             in `tensors` and `quantized` one by one, under the checkpoint's names. All else has transformers' names.
         tied: parameter name -> the parameter whose weight it shares ("lm_head.weight" of a tied model).
+        activations: module name -> how the quantised layer's input is rounded, for those that round it.
         special: {"bos": id or None, "eos": [ids], "pad": id or None}.
     """
 
@@ -93,6 +95,7 @@ class Student:
     special: dict[str, Any]
     files: Mapping[str, FileEntry] = field(repr=False)
     checkpoint: Checkpoint = field(repr=False)
+    activations: Mapping[str, Activation] = field(default_factory=dict)
 
     def tensor(self, name: str) -> torch.Tensor:
         """A float tensor in its stored dtype, memory-mapped; KeyError for a name not in `tensors`."""
@@ -254,6 +257,9 @@ def load_student(folder: str | Path) -> Student:
     )
     for module in quantized:
         quantized[module]
+    activations = {
+        name: found for name, scheme in schemes.items() if (found := scheme.activation(checkpoint.tensor, name))
+    }
     files = dict(package.files)
     if not package.plain:
         files[MANIFEST] = hash_file(package.folder / MANIFEST)
@@ -273,4 +279,5 @@ def load_student(folder: str | Path) -> Student:
         special=special,
         files=MappingProxyType(files),
         checkpoint=checkpoint,
+        activations=MappingProxyType(activations),
     )

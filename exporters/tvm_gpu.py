@@ -89,9 +89,18 @@ def _max(emit: Emitter, node: fx.Node) -> Any:
     return emit.largest(emit.value(node.args[0]), node.args[1], keep)
 
 
+def _extreme(emit: Emitter, node: fx.Node) -> Any:
+    return emit.extreme(node)
+
+
 def lowerings() -> Mapping[Any, Callable]:
     """What TVM's importer does not know, or would sort for."""
-    return {getattr(ATEN, "__rshift__").Scalar: _shift, ATEN.max.dim: _max}  # noqa: B009
+    return {
+        getattr(ATEN, "__rshift__").Scalar: _shift,  # noqa: B009
+        ATEN.max.dim: _max,
+        ATEN.amax.default: _extreme,
+        ATEN.amin.default: _extreme,
+    }
 
 
 #: (architecture, operating system) of a device -> LLVM's triple for the code that drives its GPU

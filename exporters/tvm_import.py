@@ -158,6 +158,12 @@ class Emitter:
         """Rows of a table; an index beyond it reads its last one, where TVM's own form would read past the memory."""
         return self.importer.block_builder.emit(relax.op.take(table, indices, 0, "clip"))
 
+    def extreme(self, node: fx.Node) -> Any:
+        """aten.amax or aten.amin."""
+        value, axes, keep = (*node.args, False)[:3]
+        reduce = relax.op.max if node.target is torch.ops.aten.amax.default else relax.op.min
+        return self.importer.block_builder.emit(reduce(self.value(value), list(axes), bool(keep)))
+
     def largest(self, value: Any, axis: int, keep: bool) -> Any:
         """The largest values along an axis, and where each first stands."""
         emit = self.importer.block_builder.emit

@@ -383,6 +383,7 @@ OPS: Mapping[str, Lowered] = {
     "reshape": reshape,
     "rsqrt": rsqrt,
     "scaled_dot_product_attention": scaled_dot_product_attention,
+    "round": lambda x: np.rint(x),
     "select": select,
     "shape": lambda x: np.array(x.shape, np.int32),
     "sigmoid": sigmoid,

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from exporters import passes
 from exporters.families import modules
+from exporters.families.activation_hooks import round_inputs
 from exporters.families.attention import ATTENTION, Layer, StateCache, read_layers, run
 from exporters.families.matrices import Matrices
 from exporters.families.swaps import Swap
@@ -53,6 +54,7 @@ def build_reference(student: Student, dtype: torch.dtype = torch.float32) -> Pre
         for name, tensor in tensors.items():  # a tied one has one name here
             if name in student.tensors or name.removesuffix(".weight") in student.quantized or name in student.experts:
                 tensor.copy_(student.parameter(name))
+    round_inputs(model, student.activations)
     return model.eval()
 
 

@@ -45,7 +45,7 @@ class Matrices:
             rows = sum(c.shape[0] for c in loads)
             parameter = self.new(lambda: nn.Parameter(torch.empty(rows), requires_grad=False))
             self.constants[f"{path}.bias"] = _concatenated(loads)
-        return modules.FusedLinear(matrix, parameter)
+        return modules.FusedLinear(matrix, parameter, self.student.activations.get(sources[0]))
 
     def linear_of(self, path: str, weight: Constant) -> modules.FusedLinear:
         """A linear layer over a float matrix that is made of several tensors."""
@@ -85,7 +85,10 @@ class Matrices:
         return Constant("float32", shape, lambda: self.student.tensor(name).float().numpy())
 
     def joinable(self, sources: list[str]) -> bool:
-        """Exact only where all parts are float, or share bits, block and the presence of zero points."""
+        """Exact only where all parts are float, or share bits, block and the presence of zero points; and the rounding
+        of their input."""
+        if len({self.student.activations.get(source) for source in sources}) > 1:
+            return False
         quantized = [self.student.quantized.get(source) for source in sources]
         if all(tensor is None for tensor in quantized):
             return True

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from exporters import ops
+from exporters.activations import Activation
 from exporters.blocks import BlockLayout
 from exporters.encodings import INTEGER
 
@@ -73,13 +74,15 @@ class FloatWeight(nn.Module):
 
 
 class FusedLinear(nn.Module):
-    """A linear layer over a QuantizedWeight or FloatWeight."""
+    """A linear layer over a QuantizedWeight or FloatWeight, whose input may be rounded first."""
 
-    def __init__(self, matrix: nn.Module, bias: nn.Parameter | None):
+    def __init__(self, matrix: nn.Module, bias: nn.Parameter | None, activation: Activation | None = None):
         super().__init__()
-        self.matrix, self.bias = matrix, bias
+        self.matrix, self.bias, self.activation = matrix, bias, activation
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.activation is not None:
+            x = self.activation(x)
         return self.matrix.linear(x, self.bias)
 
 

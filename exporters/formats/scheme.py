@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
+from exporters.activations import Activation
 from exporters.errors import QuantizationError
 from exporters.quantized import QuantizedTensor
 
@@ -42,6 +43,10 @@ class Scheme(ABC):
     @abstractmethod
     def decode(self, read: Read, module: str, shape: Shape) -> QuantizedTensor:
         """The weight of ``module``. Raises QuantizationError for values that cannot be."""
+
+    def activation(self, read: Read, module: str) -> Activation | None:
+        """How the input of ``module`` is rounded, None where it is not."""
+        return None
 
     def check(self, module: str, shape: Shape) -> None:
         """Raises QuantizationError for a weight whose shape the scheme cannot have."""

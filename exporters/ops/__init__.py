@@ -6,6 +6,7 @@ from exporters.ops.codebook_lookup import codebook_lookup
 from exporters.ops.decoder_epilogues import bias_snake, group_norm_silu
 from exporters.ops.kv_attention import kv_attention, rope_angles
 from exporters.ops.projection import projection
+from exporters.ops.quantize_activation import quantize_activation
 from exporters.ops.quantized_linear import quantized_embedding, quantized_linear
 from exporters.ops.rms_norm import add_rms_norm, rms_norm
 from exporters.ops.snake import snake
@@ -24,6 +25,7 @@ __all__ = [
     "group_norm_silu",
     "kv_attention",
     "projection",
+    "quantize_activation",
     "quantized_embedding",
     "quantized_linear",
     "rms_norm",

@@ -177,6 +177,10 @@ def _max(emit: Emitter, node: fx.Node) -> Any:
     return emit.largest(emit.value(given["self"]), given["dim"], given["keepdim"])
 
 
+def _extreme(emit: Emitter, node: fx.Node) -> Any:
+    return emit.extreme(node)
+
+
 def _embedding(emit: Emitter, node: fx.Node) -> Any:
     given = arguments(node)
     return emit.rows(emit.value(given["weight"]), emit.value(given["indices"]))
@@ -277,6 +281,8 @@ def lowerings() -> dict[torch._ops.OpOverload, Lowering]:
         ATEN.group_norm.default: _group_norm,
         ATEN.add.Tensor: _add,
         ATEN.max.dim: _max,
+        ATEN.amax.default: _extreme,
+        ATEN.amin.default: _extreme,
         ATEN.embedding.default: _embedding,
         ATEN.cdist.default: _cdist,
         ATEN.argmin.default: _argmin,

@@ -19,6 +19,9 @@ Array = np.ndarray[Any, Any]
 #: How near the formula a result must be, by name; each runner says what that is in numbers. Rounding of the dtype with
 #: room for sums of some hundred terms, or, for what is only moved, no difference at all.
 FLOAT32, FLOAT16, EXACT = "float32", "float16", "exact"
+#: Of rounded activations: a runtime that divides by multiplying with the reciprocal moves what lies on a tie to the
+#: next code, and the largest negative value of a symmetric scale lies on the tie -127.5 always.
+CODE = "code"
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Case:
         dynamic: which axis of each of them is the length.
         fixed: the other arguments by name.
         formula: all arguments by name -> the results, in float64.
-        tolerance: FLOAT32, FLOAT16 or EXACT.
+        tolerance: FLOAT32, FLOAT16, EXACT or CODE.
         decomposed: targets whose lowering cannot take the case, so that the reference stands in.
     """
 
@@ -95,6 +98,36 @@ def table_linear(x, codes, scales, bias, encoding, columns):
 
 def table_embedding(ids, codes, scales, encoding, columns):
     return (looked_up(codes, scales, encoding, columns)[ids],)
+
+
+def nearest(values: Array, table: Array) -> Array:
+    """The nearest entry of a sorted table, of two as near the one whose place is even."""
+    right = np.clip(np.searchsorted(table, values), 1, len(table) - 1)
+    low, high = table[right - 1], table[right]
+    middle = (low + high) / 2
+    even = np.where((right - 1 - len(table) // 2) % 2 == 0, low, high)
+    return np.where(values < middle, low, np.where(values > middle, high, even))
+
+
+def quantize_activation(x, encoding, group, symmetric, scale, zero_point, global_scale):
+    """In float64 but for the divisions, whose rounding to float32 decides what is on a tie."""
+    if encoding in _TYPES:
+        table = np.sort(np.arange(256 if "8" in encoding else 16, dtype=np.uint8).view(_TYPES[encoding]).astype(float))
+        table = np.unique(table[np.isfinite(table)])
+    else:
+        table = np.arange(-128.0, 128.0)
+    rows = x.reshape(*x.shape[:-1], -1, group or x.shape[-1])
+    least, most = np.minimum(rows.min(-1, keepdims=True), 0), np.maximum(rows.max(-1, keepdims=True), 0)
+    span = np.float32(table[-1] - table[0])
+    if scale:
+        by, zero = np.float32(scale), np.float32(zero_point)
+    elif symmetric:
+        by, zero = np.maximum(-least, most) / (span / 2), np.float32(0)
+    else:
+        by = (most - least) / span
+        zero = np.rint(np.clip(np.float32(-128) - least / by, -128, 127))
+    codes = nearest(np.clip((rows / by + zero).astype(np.float32), table[0], table[-1]).astype(float), table)
+    return (((codes - zero) * by.astype(float)).reshape(x.shape),)
 
 
 def rms_norm(x, weight, eps):
@@ -241,6 +274,18 @@ def _table_linear(encoding: str, block: int, rows: int, columns: int, *, bias=Fa
     parts = [encoding, f"block{block}", f"{rows}x{columns}"]
     label = "-".join(parts + ["bias"] * bias + ["flat"] * flat + ["uniform"] * uniform)
     return Case("table_linear", label, inputs, {"x": 0 if flat else 1}, fixed, table_linear)
+
+
+def _activation(encoding: str, label: str, group=0, symmetric=True, scale=0.0, zero_point=0) -> Case:
+    def inputs(random: np.random.Generator, length: int) -> dict[str, Array]:
+        # Rows from small to large, one with values on a static scale's ties and past its range.
+        x = random.standard_normal((1, length, 64)) * np.logspace(-2, 2, length)[None, :, None]
+        x[0, 0, :8] = np.float32([0.5, 1.5, -0.5, -2.5, 150, -200, 0, 3.5]) * np.float32(scale or 1)
+        return {"x": x.astype(np.float32)}
+
+    fixed = dict(encoding=encoding, group=group, symmetric=symmetric, scale=scale, zero_point=zero_point)
+    fixed |= {"global_scale": 0.0}
+    return Case("quantize_activation", f"{encoding}-{label}", inputs, {"x": 1}, fixed, quantize_activation, CODE)
 
 
 def _table_embedding(encoding: str, block: int, columns: int) -> Case:
@@ -398,6 +443,13 @@ CASES: tuple[Case, ...] = (
     *(_embedding(bits, 32, zeros, 96) for bits, zeros in itertools.product((4, 8), (False, True))),
     _embedding(4, 32, True, 41),
     _embedding(8, 128, False, 130),
+    _activation("int8", "token"),
+    _activation("int8", "token-zeros", symmetric=False),
+    _activation("int8", "group16", group=16),
+    _activation("int8", "static", scale=0.03),
+    _activation("int8", "static-zeros", symmetric=False, scale=0.03, zero_point=-7),
+    _activation("float8_e4m3fn", "token"),
+    _activation("float8_e4m3fn", "static", scale=0.03),
     _table_linear("float8_e4m3fn", 128, 7, 384),
     _table_linear("float8_e4m3fn", 32, 9, 41, bias=True),
     _table_linear("float8_e4m3fn", 128, 6, 256, uniform=True),

@@ -19,7 +19,7 @@ from tests.exporters.op_cases import CAPACITY, CASES, Array, Case
 from tests.exporters.runners import RUNNERS, Runner, Step
 
 #: Of the eager reference.
-TOLERANCE = {"exact": 0.0, "float32": 3e-6, "float16": 3e-3}
+TOLERANCE = {"exact": 0.0, "float32": 3e-6, "float16": 3e-3, "code": 3e-6}
 #: The length at capture, one that was not seen there, and the smallest.
 LENGTHS = (4, 7, 1)
 #: Ways to cut one sequence of the attention op into runs.
