@@ -15,6 +15,7 @@ PACKAGES = [
     "exporters.formats",
     "exporters.ops",
     "exporters.passes",
+    "exporters.quantise",
     "runtimes",
     "tools",
     "tools.reference_student",

@@ -11,6 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from device_profiles.quantise import Quantise, parse_table
 from device_profiles.rules import RULES
 from device_profiles.schema import Profile, ProfileError
 
@@ -108,6 +109,7 @@ def _with_absent(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     values = {key: value for key, value in raw.items() if key in _FIELDS}
     values.setdefault("unknown", [])
     values.setdefault("not_applicable", [])
+    values.setdefault("quantise", {})
     for group in _LISTS:
         values |= dict.fromkeys(raw.get(group, []))
     missing = [key for key in _FIELDS if key not in values]
@@ -124,6 +126,11 @@ def _typed(name: str, value: Any, where: str) -> Any:
         if not kind.endswith("| None"):
             raise ProfileError("must have a value", at, "It is a choice of the profile, not a fact to be found out.")
         return None
+    if kind == Quantise.__name__:
+        table = parse_table(value)
+        for key, what, way_out in () if isinstance(table, Quantise) else table:
+            raise ProfileError(what, f"{at}.{key}".rstrip("."), way_out)
+        return table
     base = kind.removesuffix(" | None")
     if base == "str" and isinstance(value, str) and value.strip():
         return value
@@ -161,7 +168,7 @@ def _check_values(profile: Profile, path: Path) -> None:
         raise ProfileError(f"{profile.name!r} is not the file's name", f"{where}: name", f"Write {path.stem!r}.")
     for name, item in _FIELDS.items():
         value, limits = getattr(profile, name), item.metadata
-        if value is None or name in ("sources", "components"):
+        if value is None or name in ("sources", "components", "quantise"):
             continue
         if limits["low"] is not None and not limits["low"] <= value <= limits["high"]:
             span = f"{limits['low']:g} to {limits['high']:g}"

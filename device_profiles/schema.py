@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from device_profiles.quantise import Quantise
+
 COMPONENTS = ("lm", "image_decoder", "image_encoder", "audio_decoder", "audio_encoder")
 # Backend -> the forms it has; the first word of a component's entries. Not every one is built yet.
 FORMS: Mapping[str, tuple[str, ...]] = {
@@ -115,6 +117,9 @@ class Profile:
     loss_int8_task: float = _key("quantisation loss, int8: task metric over float's", low=0, high=1, source=_LOSS)
     loss_int4_task: float = _key("quantisation loss, int4: task metric over float's", low=0, high=1, source=_LOSS)
     components: Mapping[str, tuple[str, ...]] = _key("component -> backend/form/mode, the preferred one first")
+    quantise: Quantise = _key(  # noqa: RUF009
+        "what the build quantises by itself (device_profiles/quantise.py); absent: nothing"
+    )
     sources: Mapping[str, str] = _key("key -> where its value comes from")
     unknown: tuple[str, ...] = _key("keys whose value nobody has measured or published")
     not_applicable: tuple[str, ...] = _key("keys of things that the device does not have")
@@ -141,6 +146,8 @@ class Profile:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, Quantise):
+        return value.as_dict()
     if isinstance(value, tuple):
         return list(value)
     if isinstance(value, Mapping):

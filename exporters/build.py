@@ -11,27 +11,36 @@ shipped reference student is built. A second build with nothing changed reuses t
 from __future__ import annotations
 
 import argparse
+import shutil
 import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from device_profiles import Profile, ProfileError, list_profiles, load_profile
+from device_profiles.quantise import RECIPES
 from exporters import console
 from exporters.contents import build_key
 from exporters.errors import ExportError
 from exporters.package import validate
 from exporters.reference import VARIANTS, assemble
+from exporters.safe_files import hash_file
 from runtimes.bench import BUDGET, USUAL, bench, check_budgets
 from runtimes.bundle import Bundle, load_bundle, staged
 from runtimes.errors import Fault
 from runtimes.parity import LOSS, Selection, check
-from runtimes.report import Report, Result, print_report, read_report, write_report
+from runtimes.report import Matrix, Report, Result, print_report, read_report, write_report
+
+if TYPE_CHECKING:
+    from exporters.stages import Planned
 
 DEFAULT_OUTPUT = Path("bundles")
+#: Where a build keeps the matrices that it quantises, in the bundle's folder while that is made.
+SCRATCH = ".quantised"
 
 Progress = Callable[[str, int], None]
 
@@ -48,6 +57,8 @@ class Request:
         package: folder of the student; floating: folder of its float twin, for the quantisation-loss gate.
         backends: those to make, or None for all that the profile names.
         context: KV capacity in tokens; None takes the smaller of the student's and the profile's.
+        calibration: folder of data that a float student is quantised with; None takes the package's own samples.
+        insist: the user asks for the quantisation, not the profile alone: a quantised student is refused.
         bench: measure latency, where this machine is the profile's device.
         allow_failed: publish although a gate failed; the report says which.
     """
@@ -61,6 +72,8 @@ class Request:
     bench: bool = True
     allow_failed: bool = False
     allow_downgrade: bool = False
+    calibration: Path | None = None
+    insist: bool = False
 
 
 class GateFailed(ExportError):
@@ -95,18 +108,30 @@ def build(request: Request, progress: Progress = quiet) -> tuple[Bundle, Report,
     from exporters import stages  # torch and transformers load here: a reused build does without them
 
     with staged(request.output, allow_downgrade=request.allow_downgrade, progress=progress) as folder:
-        planned = stages.plan(
-            request.package, request.floating, request.profile, request.backends, request.context, progress
-        )
+        scratch = folder / SCRATCH
+        planned = _plan(request, scratch, progress)
         artifacts = stages.export(planned, folder, progress)
         inherited = stages.read_back(planned, artifacts, folder, progress)
         golden_files, noise, floors = stages.write_golden(planned, folder, progress)
+        shutil.rmtree(scratch, ignore_errors=True)
         bundle = stages.finish(planned, key, artifacts, golden_files, noise, floors, inherited, folder, progress)
         report = _measure(bundle, request, progress)
+        if planned.quantised is not None:
+            rows = tuple(Matrix(**asdict(row)) for row in planned.quantised.matrices)
+            report = replace(report, quantisation=rows)
         write_report(folder, report)
         if faults(report) and not request.allow_failed:
             raise GateFailed(report, request.output)
     return load_bundle(request.output), report, False
+
+
+def _plan(request: Request, scratch: Path, progress: Progress, fit: bool = True) -> Planned:
+    from exporters import stages
+
+    asked = stages.Asked(scratch, request.calibration, request.insist, fit)
+    return stages.plan(
+        request.package, request.floating, request.profile, request.backends, request.context, progress, asked
+    )
 
 
 def faults(report: Report) -> tuple[Result, ...]:
@@ -128,8 +153,24 @@ def _measure(bundle: Bundle, request: Request, progress: Progress) -> Report:
 
 def _key(request: Request) -> str:
     packages = [validate(folder).sha256 for folder in (request.package, request.floating) if folder is not None]
-    options = {"backends": request.backends, "context": request.context, "bench": request.bench}
+    options = {
+        "backends": request.backends,
+        "context": request.context,
+        "bench": request.bench,
+        "insist": request.insist,
+        "calibration": _calibration_hashes(request.calibration),
+    }
     return build_key(packages, request.profile, options)
+
+
+def _calibration_hashes(folder: Path | None) -> list[str]:
+    if folder is None:
+        return []
+    if not folder.is_dir():
+        raise ExportError(
+            "is not a folder", where=f"--calibration {folder}", way_out="Name one with .txt or .safetensors files."
+        )
+    return [hash_file(path).sha256 for path in sorted(folder.iterdir()) if path.is_file()]
 
 
 def _reusable(request: Request, key: str) -> Bundle | None:
@@ -173,6 +214,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--output", type=Path, metavar="DIR", help="the bundle's folder (bundles/PROFILE)")
     add("--backends", metavar="A,B", help="onnx,openvino,tvm,coreml,tensorrt (default: all that the profile names)")
     add("--context", type=int, metavar="TOKENS", help="KV capacity (default: what student and profile allow)")
+    add("--quantise", choices=RECIPES, metavar="METHOD", help=f"quantise a float student: {', '.join(RECIPES)}")
+    add("--calibration", type=Path, metavar="DIR", help="its .txt or .safetensors data (the package's own samples)")
+    add("--group", type=int, metavar="COLUMNS", help="columns that share a scale (32 for int4, a row for int8)")
+    add("--mean-kl", type=float, metavar="NATS", help="quality budget: matrices that cost too much are kept wider")
     add("--dry-run", action="store_true", help="predict sizes, memory and speed, check that they fit, and stop")
     add("--no-bench", action="store_true", help="do not measure latency")
     add("--allow-failed", action="store_true", help="publish although a gate failed")
@@ -195,7 +240,7 @@ def run_command(options: argparse.Namespace) -> int:
         return 0
     from exporters.plan import check_backends
 
-    profile = load_profile(options.profile)
+    profile = _with_options(load_profile(options.profile), options)
     names = None if options.backends is None else [name.strip() for name in options.backends.split(",")]
     backends = None if names is None else check_backends(names)
     with _students(options) as (package, floating):
@@ -209,6 +254,8 @@ def run_command(options: argparse.Namespace) -> int:
             not options.no_bench,
             options.allow_failed,
             options.allow_downgrade,
+            options.calibration,
+            options.quantise is not None,
         )
         if options.dry_run:
             return _dry_run(request)
@@ -218,13 +265,23 @@ def run_command(options: argparse.Namespace) -> int:
     return 1 if faults(report) else 0
 
 
-def _dry_run(request: Request) -> int:
-    from exporters import stages
+def _with_options(profile: Profile, options: argparse.Namespace) -> Profile:
+    """The profile with the options that go before its [quantise] table."""
+    settings = profile.quantise
+    if options.quantise is not None:
+        method, bits = RECIPES[options.quantise]
+        settings = replace(settings, method=method, bits=bits, group=None)
+    for option, key in (("group", "group"), ("mean_kl", "mean_kl")):
+        if (value := getattr(options, option)) is not None:
+            settings = replace(settings, **{key: value})
+    for key, what, way_out in settings.problems():
+        raise ExportError(what, where=f"--{key.replace('_', '-')}", way_out=way_out)
+    return replace(profile, quantise=settings)
 
-    with console.progress() as progress:
-        planned = stages.plan(
-            request.package, request.floating, request.profile, request.backends, request.context, progress
-        )
+
+def _dry_run(request: Request) -> int:
+    with console.progress() as progress, tempfile.TemporaryDirectory(prefix="plan-") as scratch:
+        planned = _plan(request, Path(scratch), progress, fit=False)
     entries = [entry for rows in planned.entries.values() for entry in rows]
     console.print_forecast(request.profile, planned.forecast, entries)
     return 0

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 STYLE = {"passed": "green", "failed": "bold red", "proxy": "yellow", "pending-device": "cyan"}
 #: Marks a figure that was measured on a busy or unsteady machine.
 UNUSABLE = " !"
+#: Lines of the table of quantised matrices that the console shows; report.md has them all.
+LONGEST_TABLE = 40
 UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
@@ -134,6 +136,8 @@ def print_summary(bundle: Bundle, report: Report, reused: bool) -> None:
             f"Inheritance: {inherited['identical']} of {inherited['total']} codes, scales and zero points "
             "read back identical."
         )
+    if report.quantisation:
+        _print_quantisation(console, bundle, report)
     if lost := [row for row in report.failed if row.backend == "torch"]:
         worst = ", ".join(f"{row.metric} {row.value:.3g} (limit {row.limit:.3g})" for row in lost)
         console.print(
@@ -152,6 +156,26 @@ def print_summary(bundle: Bundle, report: Report, reused: bool) -> None:
     console.print(
         f"{'Unchanged, reused' if reused else 'Published'}: {bundle.folder}  (* preferred; details in report.md)"
     )
+
+
+def _print_quantisation(console: Console, bundle: Bundle, report: Report) -> None:
+    """What the build quantised: every matrix of a small student; of a large one what each width adds up to."""
+    held = bundle.quantisation
+    loss = "not measured" if held["measured_kl"] is None else f"{held['measured_kl']:.3g} nats"
+    budget = "" if held["mean_kl"] is None else f" of {held['mean_kl']:g} allowed"
+    source = f" ({held['calibration']})" if held["calibration"] else ""
+    console.print(f"Quantised by this build: {held['name']}, mean KL against the float student {loss}{budget}{source}.")
+    if len(report.quantisation) <= LONGEST_TABLE:
+        table = Table("matrix", "stored as", "kB", "mean KL alone")
+        for row in report.quantisation:
+            alone = "-" if row.kl is None else f"{row.kl:.3g}"
+            table.add_row(escape(row.name), row.stored, f"{row.bytes / 1e3:,.1f}", alone)
+    else:
+        table = Table("stored as", "matrices", "kB")
+        for stored in dict.fromkeys(row.stored for row in report.quantisation):
+            rows = [row for row in report.quantisation if row.stored == stored]
+            table.add_row(stored, str(len(rows)), f"{sum(row.bytes for row in rows) / 1e3:,.1f}")
+    console.print(table)
 
 
 def _is_of(row: Result | Latency, artifact: Artifact) -> bool:

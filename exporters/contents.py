@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from device_profiles.schema import Profile
 from exporters.inheritance import Inheritance
+from exporters.quantise import Quantised
 from exporters.student import Student
 from runtimes.bundle import Artifact
 
@@ -208,15 +209,12 @@ def loss_tolerances(profile: Profile, bits: int | None) -> list[dict[str, Any]]:
     if bits is None:
         return []
     keys = {"mean_kl": f"loss_int{bits}_kl", "same_top": f"loss_int{bits}_same_top"}
+    rows = {metric: (getattr(profile, key), f"profile {key}: {profile.source(key)}") for metric, key in keys.items()}
+    if (budget := profile.quantise.mean_kl) is not None:
+        rows["mean_kl"] = budget, "profile quantise.mean_kl: the quality budget"
     return [
-        {
-            "component": "lm",
-            "gate": "quantisation-loss",
-            "metric": metric,
-            "limit": getattr(profile, key),
-            "source": f"profile {key}: {profile.source(key)}",
-        }
-        for metric, key in keys.items()
+        {"component": "lm", "gate": "quantisation-loss", "metric": metric, "limit": limit, "source": source}
+        for metric, (limit, source) in rows.items()
     ]
 
 
@@ -230,6 +228,7 @@ def manifest(
     golden: Mapping[str, str],
     limits: list[dict[str, Any]],
     inheritance: Inheritance,
+    quantised: Quantised | None,
     created: str,
 ) -> dict[str, Any]:
     """The manifest but for the files, which ``runtimes.bundle.write_manifest`` hashes."""
@@ -252,6 +251,7 @@ def manifest(
         "golden": dict(golden),
         "tolerances": limits,
         "inheritance": inheritance.as_dict(),
+        "quantisation": quantised.as_dict() if quantised else {},
         "tools": tool_versions(),
         "licenses": [
             {"component": "student", "license": student.license},

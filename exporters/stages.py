@@ -18,6 +18,8 @@ from exporters.inheritance import Inheritance
 from exporters.noise import PRECISIONS, Floor
 from exporters.plan import Entry, Forecast, check_fit, forecast, plan_entries
 from exporters.program import Program
+from exporters.quantise import Quantised, quantise
+from exporters.quantise.calibration import load_calibration
 from exporters.student import Student, load_student
 from runtimes.bundle import Artifact, Bundle, write_manifest
 
@@ -29,7 +31,12 @@ TWIN_KEYS = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "nu
 
 @dataclass(frozen=True)
 class Planned:
-    """A student with its captured programs and, for each component, what will be made of it."""
+    """A student with its captured programs and, for each component, what will be made of it.
+
+    Attributes:
+        quantised: what the build made of a float student, where it was asked to; ``student`` is its result then and
+            ``floating`` the student that came.
+    """
 
     student: Student
     floating: Student | None
@@ -38,6 +45,24 @@ class Planned:
     entries: Mapping[str, tuple[Entry, ...]]
     capacity: int
     forecast: Forecast
+    quantised: Quantised | None = None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a build is asked to quantise, beside what the profile says.
+
+    Attributes:
+        scratch: a folder for the matrices, which must stay until the build is done.
+        calibration: a folder of data; None takes the package's own samples.
+        insist: the user asks, not the profile alone: a student that is quantised already is refused.
+        fit: False rounds to nearest whatever the method, for a plan that needs sizes alone.
+    """
+
+    scratch: Path
+    calibration: Path | None = None
+    insist: bool = False
+    fit: bool = True
 
 
 def plan(
@@ -47,8 +72,12 @@ def plan(
     backends: Iterable[str] | None,
     context: int | None,
     progress: Progress,
+    asked: Asked | None = None,
 ) -> Planned:
-    """Loads and captures the student, and decides what to make. Nothing is written.
+    """Loads the student, quantises it where that is asked for, captures it, and decides what to make.
+
+    Args:
+        asked: None quantises nothing, whatever the profile says.
 
     Raises:
         ExportError: a student, profile or context that does not work, before anything was spent on it.
@@ -56,6 +85,9 @@ def plan(
     progress("load", 0)
     student = load_student(package)
     twin = None if floating is None else _twin(student, load_student(floating))
+    quantised = _quantised(student, profile, asked, progress)
+    if quantised is not None:
+        student, twin = quantised.student, student
     capacity = _capacity(student, profile, context)
     programs = {}
     for program in capture_student(student, capacity):
@@ -66,7 +98,19 @@ def plan(
     copies = {name: len({e.backend for e in found if not e.left_out}) for name, found in entries.items()}
     prediction = forecast(profile, programs.values(), min(logits, 2 * golden.LARGEST_LOGITS), copies)
     check_fit(profile, prediction)
-    return Planned(student, twin, profile, programs, entries, capacity, prediction)
+    return Planned(student, twin, profile, programs, entries, capacity, prediction, quantised)
+
+
+def _quantised(student: Student, profile: Profile, asked: Asked | None, progress: Progress) -> Quantised | None:
+    """The student as the profile wants it quantised; None for one that stays as it came."""
+    settings = profile.quantise
+    if asked is None or settings.method is None or (student.quantized and not asked.insist):
+        return None
+    if not asked.fit:
+        settings = replace(settings, method="round-to-nearest", mean_kl=None)
+        return quantise(student, settings, None, asked.scratch, progress)
+    calibration = load_calibration(student, asked.calibration)
+    return quantise(student, settings, calibration, asked.scratch, progress)
 
 
 def _twin(student: Student, floating: Student) -> Student:
@@ -216,6 +260,7 @@ def finish(
             golden_files,
             limits,
             inherited,
+            planned.quantised,
             datetime.now(UTC).isoformat(timespec="seconds"),
         ),
         progress,

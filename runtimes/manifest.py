@@ -170,6 +170,8 @@ class Manifest:
     golden: Mapping[str, str]
     tolerances: tuple[Tolerance, ...]
     inheritance: Mapping[str, Any]
+    #: what the build quantised by itself (settings, calibration, mean_kl, matrices); empty where it did not
+    quantisation: Mapping[str, Any]
     tools: Mapping[str, str]
     licenses: tuple[Any, ...]
     files: Mapping[str, FileInfo]

@@ -211,6 +211,8 @@ def parse_manifest(raw: Mapping[str, Any]) -> Manifest:
         golden={key: text(golden, key, "golden.") for key in golden},
         tolerances=items(raw, "tolerances", "", _tolerance),
         inheritance=get(raw, "inheritance", dict, ""),
+        # A bundle of an older build has none.
+        quantisation=get(raw, "quantisation", dict, "") if "quantisation" in raw else {},
         tools={key: text(tools, key, "tools.") for key in tools},
         licenses=licenses,
         files=_files(get(raw, "files", dict, "")),

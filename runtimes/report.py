@@ -2,7 +2,8 @@
 
     {"schema": 1,
      "results": [{component, backend, form, mode, gate, metric, value, limit, limit_source, status, where}, ...],
-     "environment": {...}, "latency": [{component, backend, form, mode, metric, value, unit, status, where}, ...]}
+     "environment": {...}, "latency": [{component, backend, form, mode, metric, value, unit, status, where}, ...],
+     "quantisation": [{name, stored, bytes, kl}, ...]}
 
 Results from several runs merge: a row replaces the one with the same key (everything that says what was measured).
 `value` is null when nothing was measured, so a number is never there for what did not run. report.md is the same as
@@ -76,12 +77,24 @@ class Latency:
 
 
 @dataclass(frozen=True)
+class Matrix:
+    """One matrix that the build quantised, or several that one product joins: how it is stored ("int4 g32", "float"),
+    its size, and what it costs alone (mean KL divergence in nats; None where that was not measured)."""
+
+    name: str
+    stored: str
+    bytes: int
+    kl: float | None
+
+
+@dataclass(frozen=True)
 class Report:
     """What a report.json holds."""
 
     results: tuple[Result, ...] = ()
     environment: Mapping[str, Any] | None = None
     latency: tuple[Latency, ...] = ()
+    quantisation: tuple[Matrix, ...] = ()
 
     def merged(
         self,
@@ -96,6 +109,7 @@ class Report:
             tuple(rows[key] for key in sorted(rows)),
             {**(self.environment or {}), **(environment or {})},
             tuple(figures[key] for key in sorted(figures)),
+            self.quantisation,
         )
 
     @property
@@ -114,7 +128,9 @@ def read_report(folder: Path) -> Report:
         if raw["schema"] != SCHEMA:
             raise ValueError(f"schema {raw['schema']}, expected {SCHEMA}")
         results = tuple(Result(**row) for row in raw["results"])
-        return Report(results, dict(raw["environment"]), tuple(Latency(**row) for row in raw["latency"]))
+        latency = tuple(Latency(**row) for row in raw["latency"])
+        quantisation = tuple(Matrix(**row) for row in raw.get("quantisation", ()))
+        return Report(results, dict(raw["environment"]), latency, quantisation)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ReportError(f"is not a report ({error})", str(path), "Remove it; it is written again") from error
 
@@ -126,6 +142,7 @@ def write_report(folder: Path, report: Report) -> None:
         "results": [asdict(row) for row in report.results],
         "environment": dict(report.environment or {}),
         "latency": [asdict(row) for row in report.latency],
+        "quantisation": [asdict(row) for row in report.quantisation],
     }
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     with storage_errors(folder):
@@ -135,6 +152,7 @@ def write_report(folder: Path, report: Report) -> None:
 
 RESULT_COLUMNS = ("component", "artifact", "gate", "metric", "value", "limit", "limit from", "status", "where")
 LATENCY_COLUMNS = ("component", "artifact", "metric", "value", "unit", "status", "where")
+MATRIX_COLUMNS = ("matrix", "stored as", "kB", "mean KL alone")
 
 
 def result_cells(row: Result) -> tuple[str, ...]:
@@ -150,6 +168,11 @@ def latency_cells(row: Latency) -> tuple[str, ...]:
     return row.component, artifact, row.metric, number(row.value), row.unit, row.status, row.where
 
 
+def matrix_cells(row: Matrix) -> tuple[str, ...]:
+    """One line of the table of what the build quantised, by MATRIX_COLUMNS."""
+    return row.name, row.stored, f"{row.bytes / 1e3:,.1f}", number(row.kl)
+
+
 def number(value: float | None) -> str:
     """Four significant digits; a dash for what was not measured."""
     return "-" if value is None else f"{value:.4g}"
@@ -161,6 +184,9 @@ def markdown(report: Report) -> str:
     parts.append(_table(RESULT_COLUMNS, [result_cells(row) for row in report.results]))
     if report.latency:
         parts += ["\n## Latency\n", _table(LATENCY_COLUMNS, [latency_cells(row) for row in report.latency])]
+    if report.quantisation:
+        parts += ["\n## Quantised by the build\n"]
+        parts.append(_table(MATRIX_COLUMNS, [matrix_cells(row) for row in report.quantisation]))
     if report.environment:
         rows = [(key, json.dumps(value, ensure_ascii=False)) for key, value in sorted(report.environment.items())]
         parts += ["\n## Environment\n", _table(("what", "value"), rows)]
@@ -184,6 +210,7 @@ def print_report(report: Report) -> None:
     tables: tuple[tuple[str, tuple[str, ...], list[tuple[tuple[str, ...], str]]], ...] = (
         ("Results", RESULT_COLUMNS, [(result_cells(row), row.status) for row in report.results]),
         ("Latency", LATENCY_COLUMNS, [(latency_cells(row), row.status) for row in report.latency]),
+        ("Quantised by the build", MATRIX_COLUMNS, [(matrix_cells(row), "") for row in report.quantisation]),
     )
     for title, columns, rows in tables:
         if not rows:

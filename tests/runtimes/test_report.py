@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 
 from runtimes.gates import Limit, judge
-from runtimes.report import Latency, Report, ReportError, Result, markdown, print_report, read_report, write_report
+from runtimes.report import (
+    Latency,
+    Matrix,
+    Report,
+    ReportError,
+    Result,
+    markdown,
+    print_report,
+    read_report,
+    write_report,
+)
 from tests.runtimes.eager_lm import lm_artifact
 
 ROW = Result("lm", "onnx", "fused", "exact", "export", "mean_kl", 2e-6, 1e-4, "starting limit", "passed", "4 samples")
@@ -26,11 +36,22 @@ def test_it_reads_back_as_written(tmp_path: Path) -> None:
 
 
 def test_every_row_has_the_columns_of_the_format(tmp_path: Path) -> None:
-    write_report(tmp_path, Report((ROW,), {}, (FIGURE,)))
+    matrix = Matrix("model.layers.0.mlp.down_proj", "int4 g32", 4096, None)
+    write_report(tmp_path, Report((ROW,), {}, (FIGURE,), (matrix,)))
     raw = json.loads((tmp_path / "report.json").read_text())
     columns = "component backend form mode gate metric value limit limit_source status where"
     assert [" ".join(row) for row in raw["results"]] == [columns]
-    assert set(raw) == {"schema", "results", "environment", "latency"}
+    assert set(raw) == {"schema", "results", "environment", "latency", "quantisation"}
+    assert [" ".join(row) for row in raw["quantisation"]] == ["name stored bytes kl"]
+    assert read_report(tmp_path).quantisation == (matrix,)
+
+
+def test_a_report_of_an_older_build_has_no_table_of_matrices(tmp_path: Path) -> None:
+    write_report(tmp_path, Report((ROW,), {}, (FIGURE,)))
+    raw = json.loads((tmp_path / "report.json").read_text())
+    del raw["quantisation"]
+    (tmp_path / "report.json").write_text(json.dumps(raw))
+    assert read_report(tmp_path).quantisation == ()
 
 
 def test_a_new_row_takes_the_place_of_the_one_with_its_key_and_of_no_other() -> None:

@@ -9,10 +9,14 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme, QuantizationStatus
 from transformers import LlamaForCausalLM
 
-from tools.reference_student import gptq, lm, student, vocabulary
+from exporters.quantise.gptq import gptq
+from exporters.quantise.grids import Grid, Width, round_to_nearest
+from tools.reference_student import lm, student, vocabulary
 from tools.reference_student.training import SEED, arguments, save_atomically
 
 BITS, GROUP = 4, 32
+#: One symmetric 8-bit scale for each row.
+CHANNEL = Width(8)
 EMBEDDING = "model.embed_tokens"
 CALIBRATION = {"text_to_image": 48, "image_to_text": 48, "text_to_audio": 48, "audio_to_text": 48}
 # Linears that read the same input share one pass over the calibration rows.
@@ -84,9 +88,9 @@ def _hessians(
 
 
 @torch.no_grad()
-def int4_grids(model: LlamaForCausalLM, ids: torch.Tensor, kept: torch.Tensor) -> dict[str, gptq.Grid]:
+def int4_grids(model: LlamaForCausalLM, ids: torch.Tensor, kept: torch.Tensor) -> dict[str, Grid]:
     """GPTQ layer by layer, each on what the quantised layers before it produce. Changes the model's weights."""
-    embedding = gptq.channel_grid(model.model.embed_tokens.weight.float())
+    embedding = round_to_nearest(model.model.embed_tokens.weight, CHANNEL)
     model.model.embed_tokens.weight.copy_(embedding.dequantize())
     grids = {EMBEDDING: embedding}
     for layer in range(model.config.num_hidden_layers):
@@ -94,21 +98,21 @@ def int4_grids(model: LlamaForCausalLM, ids: torch.Tensor, kept: torch.Tensor) -
             names = [f"model.layers.{layer}.{name}" for name in stage]
             for name, hessian in _hessians(model, names, ids, kept).items():
                 module = model.get_submodule(name)
-                grids[name] = gptq.gptq(module.weight.float(), hessian, BITS, GROUP)
+                grids[name] = gptq(module.weight.float(), hessian, Width(BITS, GROUP))
                 module.weight.copy_(grids[name].dequantize())
     return grids
 
 
 @torch.no_grad()
-def int8_grids(model: LlamaForCausalLM) -> dict[str, gptq.Grid]:
+def int8_grids(model: LlamaForCausalLM) -> dict[str, Grid]:
     """Round to nearest, one scale for each output channel, embedding included."""
     names = [
         name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and name != "lm_head"
     ]
-    return {name: gptq.channel_grid(model.get_submodule(name).weight.float()) for name in [EMBEDDING, *names]}
+    return {name: round_to_nearest(model.get_submodule(name).weight, CHANNEL) for name in [EMBEDDING, *names]}
 
 
-def compress(variant: str, grids: dict[str, gptq.Grid]) -> dict[str, torch.Tensor]:
+def compress(variant: str, grids: dict[str, Grid]) -> dict[str, torch.Tensor]:
     """Checkpoint tensors of the quantised modules, checked by decompressing them again."""
     tensors = {}
     for module, grid in grids.items():
