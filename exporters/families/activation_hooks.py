@@ -8,12 +8,24 @@ from typing import Any
 from torch import Tensor, nn
 
 from exporters.activations import Activation
+from exporters.families.unsupported import UnsupportedModule
 
 
 def round_inputs(model: nn.Module, activations: Mapping[str, Activation]) -> None:
-    """Has each module of ``activations`` round its input as the checkpoint says, in the dtype that it computes in."""
+    """Has each module of ``activations`` round its input as the checkpoint says, in the dtype that it computes in.
+
+    Raises:
+        UnsupportedModule: a module that the library does not compute by itself, as one of a mixture's experts.
+    """
+    modules = dict(model.named_modules())
     for name, activation in activations.items():
-        model.get_submodule(name).register_forward_pre_hook(_hook(activation))
+        if name not in modules:
+            raise UnsupportedModule(
+                f"its input is rounded ({activation}), but transformers computes it together with others",
+                where=name,
+                way_out="Quantise the experts' weights alone",
+            )
+        modules[name].register_forward_pre_hook(_hook(activation))
 
 
 def _hook(activation: Activation) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:

@@ -1,4 +1,5 @@
-"""compressed-tensors: quantization_config with config_groups, and the two integer formats.
+"""compressed-tensors: quantization_config with config_groups, and the two integer formats; for those of float codes
+see compressed_floats, for rounded inputs compressed_activations.
 
 Source: github.com/vllm-project/compressed-tensors 0.20 (compressors/pack_quantized, compressors/naive_quantized,
 utils/match). It stores signed integers q in [-2**(bits-1), 2**(bits-1)); the code is q + 2**(bits-1), likewise for
@@ -18,8 +19,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
+from exporters.activations import Activation
 from exporters.errors import QuantizationError
 from exporters.formats import matching, scheme
+from exporters.formats.compressed_activations import Rounding, rounding
+from exporters.formats.compressed_floats import FloatScheme
 from exporters.formats.scheme import AGAIN, SCALES, Array, Layout, Read, Scheme, Shape, ceil
 from exporters.quantized import QuantizedTensor
 
@@ -37,6 +41,7 @@ class IntegerScheme(Scheme):
         group: columns with one scale, None for one scale per output channel.
         per_tensor: one scale for the whole weight.
         ordered: weight_g_idx says which columns share a scale.
+        rounding: how the layer's input is rounded.
     """
 
     bits: int
@@ -44,6 +49,7 @@ class IntegerScheme(Scheme):
     group: int | None
     per_tensor: bool = False
     ordered: bool = False
+    rounding: Rounding | None = None
 
     def check(self, module: str, shape: Shape) -> None:
         """Refuse a group size that does not divide K: the library cannot dequantise a shorter last group."""
@@ -53,6 +59,12 @@ class IntegerScheme(Scheme):
                 where=f"{module}.weight",
                 way_out="Quantise with a group size that divides it; padding would change the weights",
             )
+        if self.rounding is not None:
+            self.rounding.check(module, shape[1])
+
+    def activation(self, read: Read, module: str) -> Activation | None:
+        """See Scheme."""
+        return None if self.rounding is None else self.rounding.activation(read, module)
 
     def leftovers(self, module: str, stored: Checkpoint) -> Iterator[str]:
         """All-zero zero points of symmetric weights, which older writers keep, and indices that say nothing."""
@@ -69,6 +81,8 @@ class IntegerScheme(Scheme):
                     way_out="State symmetric: false, or drop the tensor",
                 )
             yield name
+        if self.rounding is not None:
+            yield from self.rounding.leftovers(module, stored)
 
     def _check_index(self, index: Array, where: str) -> None:
         """Without actorder, weight_g_idx must not reorder anything."""
@@ -92,8 +106,10 @@ class IntegerScheme(Scheme):
             return ((shape[0], 1), (shape[0],))
         return ((shape[0], self._groups(shape[1])),)
 
-    def _index_layout(self, shape: Shape) -> Layout:
-        return {"weight_g_idx": (frozenset({"I32", "I64"}), ((shape[1],),))} if self.ordered else {}
+    def _more(self, shape: Shape) -> Layout:
+        """Tensors beside codes, scales and zero points."""
+        found: Layout = {} if self.rounding is None else self.rounding.layout()
+        return found | ({"weight_g_idx": (frozenset({"I32", "I64"}), ((shape[1],),))} if self.ordered else {})
 
     def _tensor(
         self, read: Read, module: str, shape: Shape, codes: Array, zeros: Array | None, source: str
@@ -152,7 +168,7 @@ class PackQuantized(IntegerScheme):
         if not self.symmetric:
             words = (ceil(rows * self.bits, 32), self._groups(columns))
             found["weight_zero_point"] = (frozenset({"I32"}), (words,))
-        return found | self._index_layout(shape)
+        return found | self._more(shape)
 
     def decode(self, read: Read, module: str, shape: Shape) -> QuantizedTensor:
         """See Scheme."""
@@ -181,7 +197,7 @@ class IntQuantized(IntegerScheme):
         found: Layout = {"weight": (frozenset({"I8"}), (shape,)), "weight_scale": (SCALES, self._grid(shape))}
         if not self.symmetric:
             found["weight_zero_point"] = (frozenset({"I8"}), self._grid(shape))
-        return found | self._index_layout(shape)
+        return found | self._more(shape)
 
     def decode(self, read: Read, module: str, shape: Shape) -> QuantizedTensor:
         """See Scheme."""
@@ -202,23 +218,36 @@ class IntQuantized(IntegerScheme):
 #: format of a config group -> its scheme
 FORMATS: Mapping[str, type[IntegerScheme]] = {"pack-quantized": PackQuantized, "int-quantized": IntQuantized}
 BITS = range(2, 9)
-SUPPORTED = f"Supported: {METHOD} weight-only int{BITS[0]} to int{BITS[-1]} as {', '.join(FORMATS)}"
+#: format of a config group -> (bits, how scales are stored) of float codes
+FLOATS: Mapping[str, tuple[int, str]] = {
+    "float-quantized": (8, "float"),
+    "mxfp8-quantized": (8, "exponent"),
+    "nvfp4-pack-quantized": (4, "float8"),
+    "mxfp4-pack-quantized": (4, "exponent"),
+}
+#: columns that share a scale which is not a float
+_SIZES = {"float8": 16, "exponent": 32}
+SUPPORTED = (
+    f"Supported: {METHOD} int{BITS[0]} to int{BITS[-1]} as {', '.join(FORMATS)}, and float codes as {', '.join(FLOATS)}"
+)
 
 
 def _refuse(what: str, at: str, way_out: str = SUPPORTED) -> NoReturn:
     scheme.refuse(what, at, way_out)
 
 
-def _scheme(group: Any, at: str, default_format: Any) -> IntegerScheme:
+def _scheme(group: Any, at: str, default_format: Any) -> Scheme:
     if not isinstance(group, dict):
         _refuse(f"is {group!r:.100}", at, "Write the scheme out: targets and weights")
-    for part in ("input_activations", "output_activations"):
-        if group.get(part) is not None:
-            _refuse(f"{part} are quantised", at)
+    if group.get("output_activations") is not None:
+        _refuse("output_activations are quantised", at, "Quantise inputs alone")
     weights = group.get("weights")
     if not isinstance(weights, dict):
         _refuse("has no weights", at)
     form = group.get("format") or default_format
+    inputs = rounding(group.get("input_activations"), at)
+    if form in FLOATS:
+        return _float_scheme(form, weights, inputs, at)
     if form not in FORMATS:
         _refuse(f"unknown format {form!r}", at)
     bits, kind = weights.get("num_bits"), weights.get("type", "int")
@@ -239,10 +268,37 @@ def _scheme(group: Any, at: str, default_format: Any) -> IntegerScheme:
     ordered = weights.get("actorder") in ("group", "dynamic", True)
     if ordered and strategy != "group":
         _refuse(f"actorder {weights['actorder']!r} needs groups, the strategy is {strategy}", at)
-    return FORMATS[form](bits, symmetric, size if strategy == "group" else None, strategy == "tensor", ordered)
+    return FORMATS[form](bits, symmetric, size if strategy == "group" else None, strategy == "tensor", ordered, inputs)
 
 
-def _groups(config: Mapping[str, Any]) -> list[tuple[list[str], IntegerScheme]]:
+def _float_scheme(form: str, weights: Mapping[str, Any], inputs: Rounding | None, at: str) -> FloatScheme:
+    bits, scales = FLOATS[form]
+    kind, stated, size = weights.get("type", "int"), weights.get("num_bits"), weights.get("group_size")
+    if kind != "float" or isinstance(stated, bool) or stated != bits:
+        _refuse(f"{form} with weights of {kind!r:.40} {stated!r:.40} bits", at)
+    if weights.get("symmetric", True) is not True:
+        _refuse("float weights that are not symmetric", at, "There are no zero points of float codes")
+    if weights.get("dynamic") or weights.get("actorder"):
+        _refuse("float weights that are dynamic or reordered", at)
+    strategy = weights.get("strategy") or ("tensor" if size is None else "channel" if size == -1 else "group")
+    if scales != "float":
+        if size != _SIZES[scales]:
+            _refuse(f"{form} with group_size {size!r:.40}", at, f"It has groups of {_SIZES[scales]}")
+        return FloatScheme(form, bits == 4, scales, (1, size), inputs)
+    if strategy == "block":
+        block = weights.get("block_structure")
+        sound = isinstance(block, list) and len(block) == 2 and all(type(side) is int and side > 0 for side in block)
+        if not sound:
+            _refuse(f"block_structure is {block!r:.80}", at, "Give two positive whole numbers, as in [128, 128]")
+        return FloatScheme(form, False, scales, (block[0], block[1]), inputs)
+    if strategy == "group":
+        return FloatScheme(form, False, scales, (1, scheme.whole(weights, "group_size", None, at)), inputs)
+    if strategy not in ("tensor", "channel"):
+        _refuse(f"strategy {strategy!r:.40}", at, "Supported strategies: tensor, channel, group, block")
+    return FloatScheme(form, False, scales, (0 if strategy == "tensor" else 1, None), inputs)
+
+
+def _groups(config: Mapping[str, Any]) -> list[tuple[list[str], Scheme]]:
     version = config.get("version")
     if version is not None and (not isinstance(version, str) or not re.match(r"0\.\d", version)):
         _refuse(f"unknown version {version!r}", ".version", "Versions 0.x of the format are known")
@@ -283,8 +339,8 @@ def schemes(config: Mapping[str, Any], modules: Mapping[str, tuple[str, ...]], s
     return result
 
 
-def _as_stored(found: IntegerScheme, name: str, stored: Checkpoint) -> IntegerScheme:
+def _as_stored(found: Scheme, name: str, stored: Checkpoint) -> Scheme:
     """Releases that knew actorder left weight_g_idx out of modules whose order came out natural."""
-    if found.ordered and f"{name}.weight_g_idx" not in stored.tensors:
+    if isinstance(found, IntegerScheme) and found.ordered and f"{name}.weight_g_idx" not in stored.tensors:
         return replace(found, ordered=False)
     return found
