@@ -77,7 +77,7 @@ UNSUPPORTED: list[tuple[str, Change, str]] = [
     ("no weights", lambda c: c["config_groups"]["group_0"].pop("weights"), "no weights"),
     ("no targets", lambda c: c["config_groups"]["group_0"].update(targets=5), "targets"),
     ("ignore", lambda c: c.update(ignore=[5]), "ignore"),
-    ("activations", lambda c: c["config_groups"]["group_0"].update(input_activations={"num_bits": 8}), "activations"),
+    ("activations", lambda c: c["config_groups"]["group_0"].update(input_activations={"num_bits": 16}), "16 bits"),
     ("outputs", lambda c: c["config_groups"]["group_0"].update(output_activations={"num_bits": 8}), "activations"),
     ("format", lambda c: c["config_groups"]["group_0"].update(format="nvfp4-pack-quantized"), "nvfp4"),
     ("no format", lambda c: c["config_groups"]["group_0"].pop("format"), "format None"),
