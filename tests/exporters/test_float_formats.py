@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +11,29 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from compressed_tensors.compressors import ModelCompressor
-from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus, apply_quantization_config
+from compressed_tensors.compressors import BaseCompressor, ModelCompressor
+from compressed_tensors.quantization import (
+    QuantizationConfig,
+    QuantizationScheme,
+    QuantizationStatus,
+    apply_quantization_config,
+)
 from compressed_tensors.quantization.lifecycle.forward import forward_quantize
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
 
 from device_profiles import load_profile
 from exporters import inheritance
 from exporters.backends import Job, load_exporter
+from exporters.checkpoint import Checkpoint
+from exporters.encodings import values
 from exporters.families.decoder_lm import build_reference, capture_lm
+from exporters.quantization_config import module_schemes
+from exporters.quantized import QuantizedTensor
 from exporters.student import load_student
 from tests.exporters.plain import CONTEXT, write_plain
 
@@ -103,6 +115,89 @@ def quantised(name: str, folder: Path) -> tuple[Path, torch.Tensor, dict[str, to
     stored["quantization_config"] = {**config.model_dump(mode="json"), "quantization_status": "compressed"}
     (target / "config.json").write_text(json.dumps(stored))
     return target, logits, held
+
+
+LIBRARY = Path(__file__).parent / "library_weights" / "bitsandbytes_nf4.safetensors"
+
+
+def decoded(folder: Path, tensors: Mapping[str, torch.Tensor], config: Any, shape: tuple[int, int]) -> QuantizedTensor:
+    """One linear layer "m"; every tensor must be one that its format names."""
+    save_file({f"m.{name}": tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    stored = Checkpoint(folder, ["model.safetensors"])
+    found = module_schemes(config, {"m": ("Linear", "Module")}, stored)["m"]
+    found.check("m", shape)
+    layout = found.layout(shape)
+    assert set(layout) == set(tensors)
+    for name, (dtypes, shapes) in layout.items():
+        info = stored.tensors[f"m.{name}"]
+        assert info.dtype in dtypes and info.shape in shapes, name
+    return found.decode(stored.tensor, "m", shape)
+
+
+@pytest.mark.parametrize("case", ["nf4", "nf4-nested"])
+def test_nf4_is_what_bitsandbytes_dequantises(case: str, tmp_path: Path) -> None:
+    with safe_open(LIBRARY, "pt") as file:
+        parts = {n.removeprefix(f"{case}."): file.get_tensor(n) for n in file.keys() if n.startswith(f"{case}.")}  # noqa: SIM118
+        config = json.loads(file.metadata()[case])
+    expected = parts.pop("expected")
+    found = decoded(tmp_path, parts, config, tuple(expected.shape))
+    np.testing.assert_array_equal(found.dequantize(), expected.numpy())
+    assert (found.encoding, found.group) == ("nf4", 64)
+
+
+def test_blocks_of_nf4_that_do_not_end_with_a_row(tmp_path: Path) -> None:
+    rows, columns, block = 7, 96, 64
+    random = np.random.default_rng(0)
+    codes = random.integers(0, 16, rows * columns, np.uint8)
+    scales = random.uniform(0.1, 1, -(-rows * columns // block)).astype(np.float32)
+    state = dict(quant_type="nf4", blocksize=block, dtype="float32", shape=[rows, columns])
+    parts = {
+        "weight": codes[0::2, None] << 4 | codes[1::2, None],
+        "weight.absmax": scales,
+        "weight.quant_map": values("nf4").copy(),
+        "weight.quant_state.bitsandbytes__nf4": np.frombuffer(json.dumps(state).encode(), np.uint8).copy(),
+    }
+    config = dict(quant_method="bitsandbytes", load_in_4bit=True)
+    found = decoded(tmp_path, {name: torch.from_numpy(part) for name, part in parts.items()}, config, (rows, columns))
+    for i, (code, value) in enumerate(zip(codes, found.dequantize().reshape(-1), strict=True)):
+        assert value == values("nf4")[code] * scales[i // block]
+
+
+@pytest.mark.parametrize("form", ["float", "ue8m0"])
+def test_fine_grained_fp8_repeats_a_scale_over_its_block(form: str, tmp_path: Path) -> None:
+    shape, block = (40, 64), [32, 32]
+    random = torch.Generator().manual_seed(0)
+    weight = (torch.randn(shape, generator=random) * 50).to(torch.float8_e4m3fn)
+    scales = torch.rand(2, 2, generator=random) * 0.01 + 1e-4
+    if form == "ue8m0":
+        scales = scales.to(torch.float8_e8m0fnu)
+    config = dict(quant_method="fp8", weight_block_size=block, activation_scheme="dynamic", scale_fmt=form)
+    found = decoded(tmp_path, {"weight": weight, "weight_scale_inv": scales}, config, shape)
+    wide = scales.float().repeat_interleave(32, 0)[:40].repeat_interleave(32, 1)
+    np.testing.assert_array_equal(found.dequantize(), (weight.float() * wide).numpy())
+    whole = _dequantize_fp8_weight(weight[:32], scales[:1], block, torch.float32)
+    np.testing.assert_array_equal(found.dequantize()[:32], whole.numpy())
+
+
+@pytest.mark.parametrize("form", ["mxfp4-pack-quantized", "mxfp8-quantized"])
+def test_mx_is_what_compressed_tensors_decompresses(form: str, tmp_path: Path) -> None:
+    """Every code, and every exponent that a bfloat16 holds with it."""
+    rows, columns = 250, 64
+    codes = torch.randint(0, 256, (rows, columns // (2 if "4" in form else 1)), dtype=torch.uint8)
+    scales = (torch.arange(rows * 2) % 245 + 5).reshape(rows, 2).to(torch.uint8)
+    bits = 4 if "4" in form else 8
+    weights = dict(num_bits=bits, type="float", strategy="group", group_size=32, scale_dtype="torch.uint8")
+    group = {"targets": ["Linear"], "weights": weights, "format": form}
+    if bits == 8:
+        codes[(codes & 0x7F) == 0x7F] = 0
+        parts = {"weight": codes.view(torch.float8_e4m3fn), "weight_scale": scales}
+    else:
+        parts = {"weight_packed": codes, "weight_scale": scales}
+    config = {"quant_method": "compressed-tensors", "format": form, "config_groups": {"all": group}}
+    found = decoded(tmp_path, parts, config, (rows, columns))
+    scheme = QuantizationScheme.model_validate(group)
+    theirs = BaseCompressor.get_value_from_registry(form).decompress(dict(parts), scheme)["weight"]
+    np.testing.assert_array_equal(torch.from_numpy(found.dequantize()).to(theirs.dtype).float(), theirs.float())
 
 
 IDS = torch.arange(3, 27)[None]
