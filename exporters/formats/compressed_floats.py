@@ -140,7 +140,7 @@ def powers_of_two(stored: torch.Tensor, where: str) -> Array:
     exponents = stored.view(torch.uint8).numpy()
     if (exponents == 255).any():
         raise QuantizationError("holds the exponent 255, which is NaN", where=where, way_out=AGAIN)
-    return np.ldexp(np.float32(1), exponents.astype(np.int32) - 127).astype(np.float32)
+    return np.ldexp(np.float32(1), exponents.astype(np.int32) - 127)
 
 
 def below_global(stored: torch.Tensor, where: str, whole: Array) -> Array:
@@ -148,7 +148,8 @@ def below_global(stored: torch.Tensor, where: str, whole: Array) -> Array:
     scales = stored.float().numpy()
     if not np.isfinite(scales).all() or (scales < 0).any():
         raise QuantizationError("holds a scale that is negative or NaN", where=where, way_out=AGAIN)
-    found = scales / whole
+    with np.errstate(over="ignore"):
+        found = scales / whole
     if not np.isfinite(found).all():
         raise QuantizationError("scales overflow when divided by weight_global_scale", where=where, way_out=AGAIN)
     return found
