@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from exporters.formats import bitsandbytes_nf4, compressed_tensors, fine_grained_fp8
+from exporters.formats import awq, bitsandbytes, compressed_tensors, fine_grained_fp8, gptq, qat, torchao
 from exporters.formats.scheme import Reader
 
 #: quant_method of config.json -> how its quantization_config is read
 METHODS: Mapping[str, Reader] = {
-    bitsandbytes_nf4.METHOD: bitsandbytes_nf4.schemes,
+    awq.METHOD: awq.schemes,
+    bitsandbytes.METHOD: bitsandbytes.schemes,
     compressed_tensors.METHOD: compressed_tensors.schemes,
     fine_grained_fp8.METHOD: fine_grained_fp8.schemes,
+    gptq.METHOD: gptq.schemes,
+    qat.METHOD: qat.schemes,
+    torchao.METHOD: torchao.schemes,
 }

@@ -24,7 +24,7 @@ from exporters.errors import QuantizationError
 from exporters.formats import matching, scheme
 from exporters.formats.compressed_activations import Rounding, rounding
 from exporters.formats.compressed_floats import FloatScheme
-from exporters.formats.scheme import AGAIN, SCALES, Array, Layout, Read, Scheme, Shape, ceil
+from exporters.formats.scheme import SCALES, Array, Layout, Read, Scheme, Shape, ceil
 from exporters.quantized import QuantizedTensor
 
 if TYPE_CHECKING:
@@ -205,14 +205,7 @@ class IntQuantized(IntegerScheme):
         return self._tensor(read, module, shape, self._unsigned(read, f"{module}.weight"), zeros, "int-quantized")
 
     def _unsigned(self, read: Read, name: str) -> Array:
-        signed, offset = read(name).numpy(), 1 << (self.bits - 1)
-        if signed.size and (signed.min() < -offset or signed.max() >= offset):
-            raise QuantizationError(
-                f"holds values outside {self.bits} bits",
-                where=name,
-                way_out=f"Correct num_bits. {AGAIN}",
-            )
-        return signed.view(np.uint8) + np.uint8(offset)
+        return scheme.unsigned(read(name).numpy(), self.bits, name)
 
 
 #: format of a config group -> its scheme

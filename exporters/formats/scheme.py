@@ -131,6 +131,16 @@ def unpack_words(words: Array, bits: int, count: int, where: str) -> Array:
     return np.ascontiguousarray(codes)
 
 
+def unsigned(signed: Array, bits: int, where: str) -> Array:
+    """int8 values of ``bits`` bits -> codes, 2**(bits-1) more; raises QuantizationError for values outside."""
+    offset = 1 << (bits - 1)
+    if signed.size and (signed.min() < -offset or signed.max() >= offset):
+        raise QuantizationError(
+            f"holds values outside {bits} bits", where=where, way_out=f"Correct the stated bits. {AGAIN}"
+        )
+    return np.ascontiguousarray(signed).view(np.uint8) + np.uint8(offset)
+
+
 def act_order(index: Array, group: int, where: str) -> Array | None:
     """g_idx [K], the group of every input feature -> ``order`` of QuantizedTensor, None where it is the natural one.
 
