@@ -8,6 +8,7 @@ import shutil
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Set
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -185,12 +186,13 @@ def read_matrices(path: Path, inherited: Mapping[str, Inherited]) -> dict[str, S
         for op in function.operations:
             prefix = names.get(_CASTS.sub("", op.name))
             if op.op_type == "constexpr_blockwise_shift_scale" and prefix and op.outputs[0].child_ops:
-                found.setdefault(prefix, []).append(_stored(op))
+                found.setdefault(prefix, []).append(_stored(op, inherited[prefix].bits))
     return {prefix: _agreed(held, len(program.functions)) for prefix, held in found.items()}
 
 
-def _stored(op: Any) -> StoredMatrix:
-    """Signed codes are the unsigned ones less 2^(bits-1), with no zero points of their own."""
+def _stored(op: Any, code_bits: int) -> StoredMatrix:
+    """Signed codes are the unsigned ones less 2^(code_bits-1), with no zero points of their own; a code of 2 bits lies
+    in a field of 4."""
     from coremltools.converters.mil.mil import types
 
     if op.data.op is not None and op.data.op.op_type == "constexpr_lut_to_dense":
@@ -200,14 +202,27 @@ def _stored(op: Any) -> StoredMatrix:
     data, scales = (np.asarray(value.val) for value in (op.data, op.scale))
     rows = data.shape[0]
     codes, scales = data.reshape(rows, -1).astype(np.int16), scales.reshape(rows, -1).astype(np.float32)
-    if kind.startswith("int"):
-        codes = codes + 2 ** (bits - 1)
     points = None
-    if op.offset is not None:
+    if kind.startswith("int"):
+        codes = codes + 2 ** (code_bits - 1)
+        if code_bits != bits:
+            points = np.full(scales.shape, 2 ** (code_bits - 1), np.uint8)
+    elif op.offset is not None:
         points = np.asarray(op.offset.val).reshape(rows, -1).astype(np.uint8)
-    elif not kind.startswith("int"):
+    else:
         points = np.zeros(scales.shape, np.uint8)
-    return StoredMatrix(codes.astype(np.uint8), scales, points, bits, codes.shape[1] // scales.shape[1])
+    block, order = codes.shape[1] // scales.shape[1], _order(op.outputs[0].child_ops[0])
+    return StoredMatrix(codes.astype(np.uint8), scales, points, bits, block, order=order)
+
+
+def _order(product: Any) -> np.ndarray | None:
+    """Indices of the gather along the features that a product's input comes from, if it comes from one."""
+    x = product.inputs["x"].op
+    while x is not None and x.op_type in ("cast", "pad", "transpose", "expand_dims"):
+        x = x.inputs["x"].op
+    if x is None or x.op_type != "gather" or x.inputs["x"].val is not None or x.inputs["indices"].val is None:
+        return None
+    return np.asarray(x.inputs["indices"].val)
 
 
 def _looked_up(op: Any, scale: np.ndarray) -> StoredMatrix:
@@ -229,8 +244,10 @@ def _agreed(held: list[StoredMatrix], functions: int) -> StoredMatrix:
         and first.encoding == other.encoding
         and (first.zero_points is None) == (other.zero_points is None)
         and (first.zero_points is None or np.array_equal(first.zero_points, other.zero_points))
+        and (first.order is None) == (other.order is None)
+        and (first.order is None or np.array_equal(first.order, other.order))
         for other in held[1:]
     )
     if same:
         return first
-    return StoredMatrix(first.codes, first.scales * np.float32("nan"), first.zero_points, first.bits, first.block)
+    return replace(first, scales=first.scales * np.float32("nan"))

@@ -29,6 +29,7 @@ class StoredMatrix:
         zero_points: uint8 [N, nb], or None, which means 2^(bits-1).
         bits, block: bits per code, columns per scale.
         encoding: what the codes stand for (exporters/encodings.py); FLOAT where they are the weights, float32 [N, K].
+        order: int [K], the gather of the input's features in front of the matrix, or None for none.
     """
 
     codes: np.ndarray
@@ -37,6 +38,7 @@ class StoredMatrix:
     bits: int
     block: int
     encoding: str = INTEGER
+    order: np.ndarray | None = None
 
     def weights(self) -> np.ndarray:
         """float32 [N, columns or more]: what is multiplied with."""
@@ -89,32 +91,43 @@ def _matrix(
     where: str, inherited: Inherited, stored: StoredMatrix | None, student: Mapping[str, QuantizedTensor]
 ) -> Iterator[tuple[str, bool]]:
     start = 0
+    rows_in = None if inherited.row_order is None else student[inherited.row_order].order
     for source, rows in zip(inherited.sources, inherited.rows, strict=True):
         tensor = student[source]
         span = slice(start, start + rows)
         start += rows
-        same = (False,) * 3 if stored is None else _tensor(tensor, stored, span, inherited.columns)
-        yield from zip((f"{where} ({source}) {part}" for part in ("codes", "scales", "zero points")), same, strict=True)
+        parts = ["codes", "scales", "zero points"]
+        if tensor.order is not None:
+            parts.append("order")
+        same = (False,) * 4 if stored is None else _tensor(tensor, stored, span, inherited, rows_in)
+        yield from zip((f"{where} ({source}) {part}" for part in parts), same, strict=False)
 
 
-def _tensor(tensor: QuantizedTensor, stored: StoredMatrix, rows: slice, columns: int) -> tuple[bool, bool, bool]:
-    """Whether codes, scales and zero points are identical, compared column by column.
+def _tensor(
+    tensor: QuantizedTensor, stored: StoredMatrix, rows: slice, inherited: Inherited, rows_in: np.ndarray | None
+) -> tuple[bool, bool, bool, bool]:
+    """Whether codes, scales, zero points and act-order are identical, compared column by column.
 
     The artifact's field may be wider than a code (3 bits in 4): the same numbers stand in it. Codes of another encoding
     are the student's rewritten: there the weights must be the same numbers.
     """
     if stored.encoding != tensor.encoding:
-        return (np.array_equal(stored.weights()[rows, :columns], tensor.dequantize()),) * 3
+        return (np.array_equal(stored.weights()[rows, : inherited.columns], tensor.dequantize()),) * 4
 
     def spread(values: np.ndarray) -> np.ndarray:
-        return np.ascontiguousarray(np.repeat(values[rows], stored.block, 1)[:, :columns])
+        return np.ascontiguousarray(np.repeat(values[rows], stored.block, 1)[:, : inherited.columns])
 
-    wanted = np.ascontiguousarray(tensor.per_column(tensor.scales))
-    points = tensor.per_column(_zeros(tensor.zero_points, tensor.scales, tensor.bits))
+    def wanted(values: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(values if rows_in is None else values[rows_in])
+
+    scales = wanted(tensor.per_column(tensor.scales))
+    points = wanted(tensor.per_column(_zeros(tensor.zero_points, tensor.scales, tensor.bits)))
+    order = None if inherited.order_folded else tensor.order
     return (
-        stored.bits >= tensor.bits and np.array_equal(stored.codes[rows, :columns], tensor.unpack()),
-        np.array_equal(spread(stored.scales).view(np.uint32), wanted.view(np.uint32)),  # -0.0 is not 0.0
+        stored.bits >= tensor.bits and np.array_equal(stored.codes[rows, : inherited.columns], wanted(tensor.unpack())),
+        np.array_equal(spread(stored.scales).view(np.uint32), scales.view(np.uint32)),  # -0.0 is not 0.0
         np.array_equal(spread(_zeros(stored.zero_points, stored.scales, stored.bits)), points),
+        stored.order is None if order is None else np.array_equal(stored.order, order),
     )
 
 

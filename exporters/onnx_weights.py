@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -15,6 +16,9 @@ from exporters.onnx_tables import read_table, table_name
 from exporters.passes.spell_tables import DOUBLED
 from exporters.passes.split_bytes import SUFFIX
 from exporters.program import Inherited
+
+#: Operators that leave every feature's value what it is.
+_MOVES = ("Cast", "Concat", "Identity", "Pad", "Reshape", "Slice", "Transpose")
 
 
 def read_matrices(path: Path, inherited: Mapping[str, Inherited] = MappingProxyType({})) -> Mapping[str, StoredMatrix]:
@@ -31,12 +35,37 @@ def read_matrices(path: Path, inherited: Mapping[str, Inherited] = MappingProxyT
             found[name] = read_table(node, inherited[name])
         elif node.op_type == "MatMulNBits":
             stored = _from_matmul(node)
-            found[_matrix_name(node)] = _joined(stored) if node.inputs[1].name.endswith(SUFFIX) else stored
+            stored = _joined(stored) if node.inputs[1].name.endswith(SUFFIX) else stored
+            found[_matrix_name(node)] = replace(stored, order=gathered(node.inputs[0]))
         elif node.op_type == "DequantizeLinear":
-            found[_matrix_name(node)] = _from_dequantize(node)
+            found[_matrix_name(node)] = replace(_from_dequantize(node), order=order_of_product(node.outputs[0]))
         elif node.op_type == "Gather" and (name := _table(node)) in inherited:
             found.setdefault(name, _from_lookup(node, inherited[name]))
     return found
+
+
+def gathered(x: ir.Value) -> np.ndarray | None:
+    """Indices of the gather along the last axis that ``x`` comes from; what only moves its values is passed through."""
+    node = x.producer()
+    while node is not None and node.op_type in _MOVES:
+        node = node.inputs[0].producer()
+    if node is None or node.op_type != "Gather" or node.inputs[1].const_value is None:
+        return None
+    source, axis = node.inputs[0], node.attributes["axis"].as_int()
+    if source.const_value is not None or axis not in (-1, len(source.shape or ()) - 1):
+        return None
+    return values(node.inputs[1])
+
+
+def order_of_product(weight: ir.Value) -> np.ndarray | None:
+    """``gathered`` of the other factor of the product that a dequantised weight goes into."""
+    while True:
+        user = weight.uses()[0].node
+        if user.op_type == "MatMul":
+            return gathered(user.inputs[0])
+        if user.op_type not in _MOVES:
+            return None
+        weight = user.outputs[0]
 
 
 def _matrix_name(node: ir.Node) -> str:

@@ -9,6 +9,7 @@ The plugins keep this form compressed: codes are read as they are stored and deq
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,26 @@ def read_matrices(path: Path) -> Mapping[str, StoredMatrix]:
     for node in ov.Core().read_model(path).get_ordered_ops():
         place = {"MatMul": 1, "Gather": 0}.get(node.get_type_name())
         if place is not None and (matrix := _matrix(node.input_value(place).get_node())) is not None:
-            found[matrix[0]] = matrix[1]
+            prefix, stored = matrix
+            order = _order(node.input_value(0).get_node()) if place == 1 else None
+            found[prefix] = replace(stored, order=order)
     return found
+
+
+def _order(x: Any) -> np.ndarray | None:
+    """Indices of the gather along the last axis that ``x`` comes from, if it comes from one."""
+    while x.get_type_name() in ("Convert", "Pad"):
+        x = x.input_value(0).get_node()
+    if x.get_type_name() != "Gather":
+        return None
+    source, indices, axis = (value.get_node() for value in x.input_values())
+    if source.get_type_name() == "Constant" or any(n.get_type_name() != "Constant" for n in (indices, axis)):
+        return None
+    return (
+        np.array(indices.data)
+        if int(axis.data) in (-1, source.get_output_partial_shape(0).rank.get_length() - 1)
+        else None
+    )
 
 
 def _matrix(reshape: Any) -> tuple[str, StoredMatrix] | None:

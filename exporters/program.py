@@ -53,6 +53,8 @@ class Inherited:
         rows: rows of each.
         columns, bits, block: K, bits per code, columns per block.
         encoding: what the codes stand for (exporters/encodings.py).
+        row_order: module behind it whose act-order the rows of every source are in: row i is a source's order[i].
+        order_folded: the columns' act-order stands in the rows of the matrices in front, so no gather is left of it.
     """
 
     sources: tuple[str, ...]
@@ -61,6 +63,8 @@ class Inherited:
     bits: int
     block: int
     encoding: str = INTEGER
+    row_order: str | None = None
+    order_folded: bool = False
 
 
 @dataclass(frozen=True)

@@ -79,8 +79,8 @@ class TensorRtExporter:
         for name, matrix in program.inherited.items():
             if matrix.encoding != INTEGER:
                 continue  # a table, which every generation gathers from
-            if matrix.bits not in (4, 8):
-                reasons.append(f"{program.entry}: {name} has {matrix.bits} bits, TensorRT has INT4 and INT8")
+            if matrix.bits not in (4, 8) and kind[0] == FUSED:
+                reasons.append(f"{program.entry}: {name} has {matrix.bits} bits, our kernels have 4 and 8")
             elif (
                 matrix.bits == 8 and kind[0] == TYPED and not generation.int8_blocks and not _per_channel(program, name)
             ):

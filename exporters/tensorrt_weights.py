@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import onnx_ir as ir
 from exporters.blocks import unpack_bits
 from exporters.inheritance import StoredMatrix
 from exporters.onnx_tables import read_table, table_name
-from exporters.onnx_weights import values
+from exporters.onnx_weights import gathered, order_of_product, values
 from exporters.ops.tensorrt import EDGE, WEIGHTS_AT
 from exporters.passes.spell_products import CODES, OFFSETS
 from exporters.passes.words import SUFFIX
@@ -39,7 +40,8 @@ def _stored(model: ir.Model, inherited: Mapping[str, Inherited]) -> Iterator[tup
             yield table, read_table(node, inherited[table])
         elif node.op_type == "DequantizeLinear" and name.endswith(CODES):
             prefix = name.removesuffix(CODES)
-            yield prefix, _from_signed(node, initializers.get(prefix + OFFSETS), inherited[prefix])
+            stored = _from_signed(node, initializers.get(prefix + OFFSETS), inherited[prefix])
+            yield prefix, replace(stored, order=order_of_product(node.outputs[0]))
         elif node.op_type == "Gather" and name.endswith(f".codes{SUFFIX}"):
             prefix = name.removesuffix(f".codes{SUFFIX}")
             scales, zeros = initializers[f"{prefix}.scales"], initializers.get(f"{prefix}.zeros{SUFFIX}")
@@ -47,7 +49,8 @@ def _stored(model: ir.Model, inherited: Mapping[str, Inherited]) -> Iterator[tup
         elif node.domain == EDGE and node.op_type in WEIGHTS_AT:
             codes, scales, zeros = node.inputs[WEIGHTS_AT[node.op_type] :][:3]
             prefix = (codes.name or "").removesuffix(f".codes{SUFFIX}")
-            yield prefix, _from_words(codes, scales, zeros, inherited[prefix])
+            stored = _from_words(codes, scales, zeros, inherited[prefix])
+            yield prefix, replace(stored, order=gathered(node.inputs[0]))
 
 
 def _from_signed(node: ir.Node, offsets: ir.Value | None, layout: Inherited) -> StoredMatrix:
@@ -55,12 +58,14 @@ def _from_signed(node: ir.Node, offsets: ir.Value | None, layout: Inherited) -> 
     codes = (values(node.inputs[0]).astype(np.int16) + middle).astype(np.uint8).T
     scales = np.atleast_2d(values(node.inputs[1]).astype(np.float32)).T
     block = node.attributes["block_size"].as_int() if "block_size" in node.attributes else layout.columns
+    bits = max(layout.bits, 4)  # of the field: 2 bits lie in INT4
     if offsets is None:
-        return StoredMatrix(codes, scales, None, layout.bits, block)
+        points = None if bits == layout.bits else np.full(scales.shape, middle, np.uint8)
+        return StoredMatrix(codes, scales, points, bits, block)
     # Offsets are whole numbers: half a step in the file is damage, and must not be rounded away.
     exact = middle - values(offsets).astype(np.float32).T
     points = np.clip(np.nan_to_num(np.rint(exact)), 0, 2 * middle - 1)
-    stored = StoredMatrix(codes, scales, points.astype(np.uint8), layout.bits, block)
+    stored = StoredMatrix(codes, scales, points.astype(np.uint8), bits, block)
     return stored if np.array_equal(points, exact) else _broken(stored)
 
 

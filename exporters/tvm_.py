@@ -159,6 +159,7 @@ class TvmExporter:
                     None if points is None else unpack_bits(points, layout.bits, count),
                     layout.bits,
                     layout.block,
+                    order=file.get_tensor(order) if (order := f"{prefix}.order") in held else None,
                 )
         return found
 
@@ -189,6 +190,7 @@ def _as_captured(file: Any, prefix: str, layout: Inherited) -> StoredMatrix:
         None if zeros is None else unpack_bits(zeros, layout.bits, blocks),
         layout.bits,
         layout.block,
+        order=file.get_tensor(f"{prefix}.order") if f"{prefix}.order" in file.keys() else None,  # noqa: SIM118
     )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from exporters.blocks import PARTS, BlockLayout
+from exporters.errors import QuantizationError
 from exporters.families import modules
 from exporters.program import Constant, Inherited
 
@@ -31,6 +32,22 @@ class Matrices:
         self.student, self.fake = student, fake
         self.constants: dict[str, Constant] = {}
         self.inherited: dict[str, Inherited] = {}
+        self._row_orders: dict[str, str] = {}
+        self._folded: set[str] = set()
+
+    def fold_order(self, behind: str, before: list[str]) -> None:
+        """Moves the act-order of the columns of ``behind`` into the rows of the matrices ``before`` it.
+
+        Exact where what stands between them treats every feature alike; call it before they are made.
+        """
+        tensor = self.student.quantized.get(behind)
+        if tensor is not None and tensor.order is not None:
+            self._row_orders.update(dict.fromkeys(before, behind))
+            self._folded.add(behind)
+
+    def _in_row_order(self, source: str, values: np.ndarray) -> np.ndarray:
+        behind = self._row_orders.get(source)
+        return values if behind is None else values[self.student.quantized[behind].order]
 
     def new(self, factory: Callable, *args, **kwargs):
         """Calls ``factory`` so that the tensors it makes take no memory."""
@@ -41,7 +58,7 @@ class Matrices:
         matrix = self._matrix(f"{path}.matrix", sources)
         parameter = None
         if bias:
-            loads = [self.float(f"{source}.bias") for source in sources]
+            loads = [self._rows(source, "bias") for source in sources]
             rows = sum(c.shape[0] for c in loads)
             parameter = self.new(lambda: nn.Parameter(torch.empty(rows), requires_grad=False))
             self.constants[f"{path}.bias"] = _concatenated(loads)
@@ -53,40 +70,63 @@ class Matrices:
         return modules.FusedLinear(self.new(modules.FloatWeight, *weight.shape), None)
 
     def embedding(self, path: str, scale: float | None = None) -> modules.FusedEmbedding:
+        tensor = self.student.quantized.get(path)
+        if tensor is not None and tensor.order is not None:
+            raise QuantizationError(
+                "a table that is looked up is in act-order",
+                where=path,
+                way_out="Quantise the embedding without actorder",
+            )
         matrix = self._matrix(f"{path}.matrix", [path])
         return modules.FusedEmbedding(matrix) if scale is None else modules.ScaledEmbedding(matrix, scale)
 
     def _matrix(self, path: str, sources: list[str]) -> nn.Module:
         if sources[0] not in self.student.quantized:
-            loads = [self.float(f"{source}.weight") for source in sources]
+            loads = [self._rows(source, "weight") for source in sources]
             whole = _concatenated(loads)
             self.constants[f"{path}.weight"] = whole
             return self.new(modules.FloatWeight, *whole.shape)
         tensors = [self.student.quantized[source] for source in sources]
         layout = BlockLayout.of(tensors[0], sources[0])
         rows, columns = sum(t.shape[0] for t in tensors), tensors[0].shape[1]
-        matrix = self.new(modules.QuantizedWeight, rows, columns, layout)
+        order = None if sources[0] in self._folded else tensors[0].order
+        matrix = self.new(modules.QuantizedWeight, rows, columns, layout, order is not None)
         for name, buffer in matrix.named_buffers():
+            if name == "order":
+                self.constants[f"{path}.{name}"] = Constant.of(order)
+                continue
             parts = [
                 Constant(_dtype(buffer), (t.shape[0], *buffer.shape[1:]), partial(self._part, name, source))
                 for t, source in zip(tensors, sources, strict=True)
             ]
             self.constants[f"{path}.{name}"] = _concatenated(parts)
         self.inherited[path] = Inherited(
-            tuple(sources), tuple(t.shape[0] for t in tensors), columns, layout.bits, layout.block, layout.encoding
+            tuple(sources),
+            tuple(t.shape[0] for t in tensors),
+            columns,
+            layout.bits,
+            layout.block,
+            layout.encoding,
+            self._row_orders.get(sources[0]),
+            sources[0] in self._folded,
         )
         return matrix
 
     def _part(self, name: str, source: str) -> np.ndarray:
-        return PARTS[name](self.student.quantized[source])
+        return self._in_row_order(source, PARTS[name](self.student.quantized[source]))
+
+    def _rows(self, source: str, name: str) -> Constant:
+        """A float tensor of a layer whose first axis is the layer's outputs."""
+        stored = self.float(f"{source}.{name}")
+        return Constant(stored.dtype, stored.shape, lambda: self._in_row_order(source, stored.load()))
 
     def float(self, name: str) -> Constant:
         shape = tuple(self.student.tensors[name].shape)
         return Constant("float32", shape, lambda: self.student.tensor(name).float().numpy())
 
     def joinable(self, sources: list[str]) -> bool:
-        """Exact only where all parts are float, or share bits, block and the presence of zero points; and the rounding
-        of their input."""
+        """Exact only where all parts are float, or share bits, block, act-order and the presence of zero points; and the
+        rounding of their input."""
         if len({self.student.activations.get(source) for source in sources}) > 1:
             return False
         quantized = [self.student.quantized.get(source) for source in sources]
@@ -94,7 +134,8 @@ class Matrices:
             return True
         if any(tensor is None for tensor in quantized):
             return False
-        return len({BlockLayout.of(tensor, sources[0]) for tensor in quantized}) == 1
+        orders = {None if tensor.order is None else tensor.order.tobytes() for tensor in quantized}
+        return len({BlockLayout.of(tensor, sources[0]) for tensor in quantized}) == len(orders) == 1
 
 
 def _concatenated(parts: list[Constant]) -> Constant:

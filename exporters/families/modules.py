@@ -34,18 +34,22 @@ class QuantizedWeight(nn.Module):
     Args:
         rows, columns: N and K.
         layout: bits per code, columns per block, whether zero points are stored, what the codes stand for.
+        ordered: the columns are in act-order: stored column j multiplies input feature order[j].
     """
 
-    def __init__(self, rows: int, columns: int, layout: BlockLayout):
+    def __init__(self, rows: int, columns: int, layout: BlockLayout, ordered: bool = False):
         super().__init__()
         blocks = -(-columns // layout.block)
         self.bits, self.columns, self.encoding = layout.bits, columns, layout.encoding
         self.register_buffer("codes", _bytes(rows, blocks, layout.block * layout.bits // 8))
         self.register_buffer("scales", torch.empty(rows, blocks))
         self.register_buffer("zeros", _bytes(rows, -(-blocks * layout.bits // 8)) if layout.zero_points else None)
+        self.register_buffer("order", torch.empty(columns, dtype=torch.int32) if ordered else None)
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``x @ W.T + bias``."""
+        if self.order is not None:
+            x = x.index_select(-1, self.order)
         if self.encoding != INTEGER:
             return ops.table_linear(x, self.codes, self.scales, bias, self.encoding, self.columns)
         return ops.quantized_linear(x, self.codes, self.scales, self.zeros, bias, self.bits, self.columns)

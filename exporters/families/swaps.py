@@ -6,6 +6,7 @@ position by itself. Anything else that holds weights was not understood, and the
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import torch
@@ -34,6 +35,9 @@ class Swap:
 
     def model(self, model: PreTrainedModel) -> None:
         self._tied_head(model)
+        for name, parent in list(model.named_modules()):
+            if _elementwise_between(parent, JOINED["gate_up_proj"], "down_proj"):
+                self.matrices.fold_order(f"{name}.down_proj", [f"{name}.{part}" for part in JOINED["gate_up_proj"]])
         for name, parent in list(model.named_modules()):
             for joined, parts in JOINED.items():
                 if all(type(getattr(parent, part, None)) is nn.Linear for part in parts):
@@ -174,6 +178,24 @@ def _rows(results: Tensor | tuple) -> list[Tensor]:
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_parameters(recurse=False)
     yield from module.named_buffers(recurse=False)
+
+
+def _elementwise_between(parent: nn.Module, before: tuple[str, ...], behind: str) -> bool:
+    """Whether a module applies nothing but feature-by-feature functions between linear layers of it.
+
+    Its forward runs with those layers replaced by the identity: permuted features must give permuted results.
+    """
+    if not all(isinstance(getattr(parent, name, None), nn.Linear) for name in (*before, behind)):
+        return False
+    bare = copy.copy(parent)
+    bare._modules = {**parent._modules, **{name: nn.Identity() for name in (*before, behind)}}
+    generator = torch.Generator().manual_seed(0)
+    x, order = torch.randn(2, 3, 64, generator=generator), torch.randperm(64, generator=generator)
+    try:
+        with torch.no_grad():
+            return torch.equal(bare(x[..., order]), bare(x)[..., order])
+    except (RuntimeError, TypeError):  # a width or further arguments that only its own layers give
+        return False
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -255,7 +255,8 @@ def matrix_name(prefix: str) -> str:
 def _matrix(scope: Scope, codes: Any, scales: Any, zeros: Any, bits: int, trailing: int) -> Any:
     """The student's own codes, scales and zero points as a compressed constant [N, K', 1...].
 
-    Symmetric codes are stored signed, which is the same number less 2^(bits-1); the others as they are.
+    Symmetric codes are stored signed, which is the same number less 2^(bits-1); the others as they are. The smallest
+    field of a compressed constant has 4 bits.
     """
 
     def make() -> Any:
@@ -263,7 +264,7 @@ def _matrix(scope: Scope, codes: Any, scales: Any, zeros: Any, bits: int, traili
 
         rows, blocks, width = codes.val.shape
         data = unpack_bits(codes.val.reshape(rows, -1), bits, width * 8 // bits * blocks)
-        kind = types.nptype_from_builtin(types.string_to_builtin(f"{'int' if zeros is None else 'uint'}{bits}"))
+        kind = types.nptype_from_builtin(types.string_to_builtin(f"{'int' if zeros is None else 'uint'}{max(bits, 4)}"))
         offset = None
         if zeros is None:
             data = data.astype(np.int16) - 2 ** (bits - 1)

@@ -25,7 +25,8 @@ from exporters.passes.initializers import lazy_initializer
 
 #: What is appended to a matrix's name for its signed codes, their scales, and the offsets m - zeros.
 CODES, SCALES, OFFSETS = ".signed", ".columns", ".offsets"
-_TYPES = {4: ir.DataType.INT4, 8: ir.DataType.INT8}
+#: bits of a code -> the type it is stored in; parsers know no narrower one than INT4
+_TYPES = {2: ir.DataType.INT4, 4: ir.DataType.INT4, 8: ir.DataType.INT8}
 
 
 def spell_products(model: ir.Model, context: Context) -> None:

@@ -8,6 +8,7 @@ The bytes of the codes stay as they are: ONNX packs UINT4 low nibble first in ro
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -17,7 +18,8 @@ from exporters.blocks import pack_bits, unpack_bits
 from exporters.passes.context import Context
 from exporters.passes.initializers import add_initializer
 
-TYPES = {4: ir.DataType.UINT4, 8: ir.DataType.UINT8}
+#: bits of a code -> its type: opset 24 has none of 2 bits
+TYPES = {2: ir.DataType.UINT4, 4: ir.DataType.UINT4, 8: ir.DataType.UINT8}
 
 
 def type_codes(model: ir.Model, context: Context) -> None:
@@ -29,12 +31,8 @@ def type_codes(model: ir.Model, context: Context) -> None:
         block = node.attributes["block_size"].as_int()
         rows, blocks, width = codes.const_value.shape
         bits = 8 * width // block
-        node.replace_input_with(
-            0,
-            _initializer(
-                model, f"{codes.name}.typed", partial(codes.const_value.tobytes), bits, (rows, blocks * block)
-            ),
-        )
+        load = partial(_codes, codes.const_value, bits, blocks * block)
+        node.replace_input_with(0, _initializer(model, f"{codes.name}.typed", load, bits, (rows, blocks * block)))
         source = None if zeros is None else zeros.const_value
         load = partial(_zero_points, source, bits, rows, blocks)
         typed = _initializer(model, f"{scales.name.removesuffix('scales')}zeros.typed", load, bits, (rows, blocks))
@@ -42,27 +40,35 @@ def type_codes(model: ir.Model, context: Context) -> None:
         node.replace_input_with(2, typed)
 
 
-def _initializer(model: ir.Model, name: str, load, bits: int, shape: tuple[int, int]) -> ir.Value:
+def _initializer(
+    model: ir.Model, name: str, load: Callable[[], np.ndarray], bits: int, shape: tuple[int, int]
+) -> ir.Value:
     if name in model.graph.initializers:
         return model.graph.initializers[name]
     dtype = TYPES[bits]
-    tensor = ir.LazyTensor(
-        partial(_packed, load, bits, dtype, shape, name), dtype=dtype, shape=ir.Shape(shape), name=name
-    )
+    tensor = ir.LazyTensor(partial(_packed, load, dtype, shape, name), dtype=dtype, shape=ir.Shape(shape), name=name)
     return add_initializer(model, tensor)
 
 
-def _packed(load, bits: int, dtype: ir.DataType, shape: tuple[int, int], name: str) -> ir.TensorProtocol:
-    data = np.frombuffer(load(), np.uint8)
-    if bits == 8:
+def _packed(load: Callable[[], np.ndarray], dtype: ir.DataType, shape: tuple[int, int], name: str) -> ir.TensorProtocol:
+    data = load()
+    if dtype.bitwidth == 8:
         return ir.Tensor(data.reshape(shape), name=name)
     return ir.PackedTensor(data, dtype, shape=ir.Shape(shape), name=name)
 
 
-def _zero_points(packed: ir.TensorProtocol | None, bits: int, rows: int, blocks: int) -> bytes:
+def _codes(packed: ir.TensorProtocol, bits: int, columns: int) -> np.ndarray:
+    """The bytes of the codes; two bits are given fields of four."""
+    values = packed.numpy()
+    if bits > 2:
+        return values.reshape(-1)
+    return pack_bits(unpack_bits(values.reshape(values.shape[0], -1), bits, columns).reshape(1, -1), 4).reshape(-1)
+
+
+def _zero_points(packed: ir.TensorProtocol | None, bits: int, rows: int, blocks: int) -> np.ndarray:
     """Zero points of all blocks, contiguous; a symmetric weight has 2^(bits-1) everywhere."""
     if packed is None:
         values = np.full((rows, blocks), 2 ** (bits - 1), np.uint8)
     else:
         values = unpack_bits(packed.numpy(), bits, blocks)
-    return pack_bits(values.reshape(1, -1), bits).tobytes()
+    return pack_bits(values.reshape(1, -1), max(bits, 4)).reshape(-1)
