@@ -9,8 +9,9 @@ A training loop with fake quantisation writes its checkpoint as it is and adds t
     MODULE.weight_zero_point  uint8 of the scales' shape, unless symmetric, which means 2**(bits-1)
 
 Every module with a weight_scale is quantised; "modules" gives single ones their own numbers. The code of a weight is
-round(weight / scale + zero_point), and (code - zero_point) * scale must give that weight back up to half a unit in the
-last place of the type that it is stored in: a weight that is off the grid is refused, never rounded onto it.
+round(weight / scale + zero_point), and (code - zero_point) * scale, a float32 product rounded to the type that the
+weight is stored in, must be that weight: one that is off the grid is refused, never rounded onto it. So is one that a
+second code gives as well, which happens to 8-bit codes in bfloat16.
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ class Qat(Scheme):
 
     def decode(self, read: Read, module: str, shape: Shape) -> QuantizedTensor:
         """See Scheme."""
+        import torch
+
         group = self.group or shape[1]
         stored, name = read(f"{module}.weight_scale"), f"{module}.weight_scale"
         scales = np.ascontiguousarray(scheme.positive_scales(stored, name))
@@ -66,18 +69,21 @@ class Qat(Scheme):
 
         points = float(1 << (self.bits - 1)) if zeros is None else spread(zeros)
         exact, steps = weight.double().numpy(), spread(scales)
-        codes = np.rint(exact / steps + points)
-        grid = (codes - points) * steps
-        # Half a unit in the last place, and what a product of float32 numbers was rounded by before.
-        room = np.abs(grid) * (_epsilon(weight) / 2 + 2.0**-24) * (1 + 2.0**-20)
-        wrong = ~(np.abs(exact - grid) <= room) | (codes < 0) | (codes >= 1 << self.bits)
-        if wrong.any():
-            row, column = (int(index[0]) for index in np.nonzero(wrong))
+        nearest = np.rint(exact / steps + points)
+        # A weight that was rounded to a short type may be nearer to the code beside its own.
+        codes, matches = np.zeros_like(nearest), np.zeros(shape, np.uint8)
+        for candidate in (nearest - 1, nearest + 1, nearest):
+            given = torch.from_numpy((candidate - points) * steps).float().to(weight.dtype)
+            fits = (given == weight).numpy() & (candidate >= 0) & (candidate < 1 << self.bits)
+            codes, matches = np.where(fits, candidate, codes), matches + fits
+        if (matches != 1).any():
+            row, column = (int(index[0]) for index in np.nonzero(matches != 1))
+            several = "off the grid" if (matches == 0).any() else f"those of two codes in {weight.dtype}"
             raise QuantizationError(
-                f"{int(wrong.sum())} of {wrong.size} weights are off the grid, the first one [{row}, {column}]:"
+                f"{int((matches != 1).sum())} of {matches.size} weights are {several}, the first one [{row}, {column}]:"
                 f" {exact[row, column]:.6g} is {exact[row, column] / steps[row, column]:.4f} steps",
                 where=f"{module}.weight",
-                way_out="Export the weights after fake quantisation, with the scales and zero points that it used",
+                way_out="Export the weights after fake quantisation, in float32, with the scales and zero points of it",
             )
         return QuantizedTensor.from_codes(
             codes.astype(np.uint8),
@@ -88,12 +94,6 @@ class Qat(Scheme):
             scale_dtype=scheme.dtype_name(stored),
             group=group,
         )
-
-
-def _epsilon(weight: Any) -> float:
-    import torch
-
-    return torch.finfo(weight.dtype).eps
 
 
 def schemes(config: Mapping[str, Any], modules: Mapping[str, tuple[str, ...]], stored: Checkpoint) -> dict[str, Scheme]:
