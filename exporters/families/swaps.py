@@ -194,7 +194,7 @@ def _elementwise_between(parent: nn.Module, before: tuple[str, ...], behind: str
     try:
         with torch.no_grad():
             return torch.equal(bare(x[..., order]), bare(x)[..., order])
-    except (RuntimeError, TypeError):  # a width or further arguments that only its own layers give
+    except (AttributeError, RuntimeError, TypeError):  # it needs what only its own layers give
         return False
 
 
