@@ -169,7 +169,7 @@ def _match_tensors(
             scheme.check(module, shapes[module])
             for part, (dtypes, allowed) in scheme.layout(shapes[module]).items():
                 take(f"{module}.{part}", dtypes, allowed)
-            for name in scheme.leftovers(module, checkpoint):
+            for name in set(scheme.leftovers(module, checkpoint)) - set(expected.parameters):
                 del unseen[name]
         else:
             floats[name] = take(name, FLOATS, (shape,))

@@ -14,8 +14,8 @@ import argparse
 import re
 import sys
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,9 +24,9 @@ import numpy as np
 from tools.make_checkpoints import CASES, write
 
 if TYPE_CHECKING:
-    from exporters.backends import Exporter, Kind
     from exporters.inheritance import StoredMatrix
     from exporters.program import Program
+    from exporters.quantized import QuantizedTensor
     from exporters.student import Student
     from runtimes.bundle import Artifact
 
@@ -38,23 +38,33 @@ RUNS = (np.array([[3, 14, 15, 92, 65]], np.int32), np.array([[35]], np.int32), n
 
 @dataclass(frozen=True)
 class Column:
-    """One artifact of a profile, and how far its logits may be off, as a share of the largest (None: not run)."""
+    """One artifact of a profile.
+
+    Attributes:
+        tolerance: how far its logits may be off, as a share of the largest; None: not run.
+        rewritings: what its passes arrange otherwise -> whether they do that to a tensor.
+    """
 
     profile: str
     backend: str
     form: str
     mode: str
     tolerance: float | None = 2e-5
+    rewritings: Mapping[str, Callable[[QuantizedTensor], bool]] = field(default_factory=dict)
 
+
+#: exporters/passes/split_bytes.py and spell_products.py
+_PLANES = {"codes in two planes of 4 bits": lambda tensor: tensor.bits > 4}
+_CORRECTION = {"zero points as a product with sums of blocks": lambda tensor: tensor.zero_points is not None}
 
 #: title -> what is made
 COLUMNS: Mapping[str, Column] = {
-    "ONNX fused": Column("host", "onnx", "fused", "exact"),
+    "ONNX fused": Column("host", "onnx", "fused", "exact", rewritings=_PLANES),
     "ONNX standard": Column("host", "onnx", "standard", "exact"),
     "OpenVINO": Column("host", "openvino", "ir", "exact"),
     "TVM": Column("host", "tvm", "compiled", "exact"),
     "Core ML": Column("iphone-16-pro", "coreml", "mlprogram", "exact"),
-    "TensorRT typed": Column("jetson-thor", "tensorrt", "typed", "exact"),
+    "TensorRT typed": Column("jetson-thor", "tensorrt", "typed", "exact", rewritings=_CORRECTION),
     "TensorRT kernels": Column("jetson-orin", "tensorrt", "fused", "fp16", 2e-2),
 }
 
@@ -110,7 +120,7 @@ def cell(case: Checkpoint, column: Column, folder: Path) -> str:
         raise Mismatch(f"{len(found.mismatches)} of {found.total} differ: {', '.join(found.mismatches[:4])}")
     if column.tolerance is not None:
         _run(case, artifact, folder, column.tolerance)
-    return _words(case, exporter, kind, stored)
+    return _words(case, column, stored)
 
 
 def _reason(text: str) -> str:
@@ -143,7 +153,7 @@ def _run(case: Checkpoint, artifact: Artifact, folder: Path, tolerance: float) -
                 raise Mismatch(f"{artifact.label}: logits are off by {error:.2g} of the largest at {position}")
 
 
-def _words(case: Checkpoint, exporter: Exporter, kind: Kind, stored: Mapping[str, StoredMatrix]) -> str:
+def _words(case: Checkpoint, column: Column, stored: Mapping[str, StoredMatrix]) -> str:
     """ "exact", or what was arranged otherwise."""
     program, found = case.program, []
     tensors = {prefix: case.student.quantized[each.sources[0]] for prefix, each in program.inherited.items()}
@@ -153,9 +163,7 @@ def _words(case: Checkpoint, exporter: Exporter, kind: Kind, stored: Mapping[str
         found.append("activations gathered")
     if any(each.order_folded for each in program.inherited.values()):
         found.append("order of `down_proj` in the rows before it")
-    for rewriting, applies in getattr(exporter, "rewritings", {}).items():
-        if any(applies(kind, tensor) for tensor in tensors.values()):
-            found.append(rewriting)
+    found += [words for words, applies in column.rewritings.items() if any(map(applies, tensors.values()))]
     return f"rewritten: {'; '.join(found)}" if found else "exact"
 
 
