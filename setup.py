@@ -58,6 +58,8 @@ EXTRAS = {
         "nvidia-cuda-runtime-cu12",
         "nvidia-nvvm",
     ],
+    # Libraries of checkpoint formats, for tools/library_weights.py alone.
+    "formats": ["bitsandbytes", "torchao"],
     "loadgen": ["mlcommons_loadgen"],
     "sign": ["cryptography"],
     "dev": ["cryptography", "hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "scipy"],

@@ -54,8 +54,8 @@ class Column:
 
 
 #: exporters/passes/split_bytes.py and spell_products.py
-_PLANES = {"codes in two planes of 4 bits": lambda tensor: tensor.bits > 4}
-_CORRECTION = {"zero points as a product with sums of blocks": lambda tensor: tensor.zero_points is not None}
+_PLANES = {"two 4-bit planes": lambda tensor: tensor.bits > 4}
+_CORRECTION = {"zero points by correction": lambda tensor: tensor.zero_points is not None}
 
 #: title -> what is made
 COLUMNS: Mapping[str, Column] = {
@@ -160,9 +160,9 @@ def _words(case: Checkpoint, column: Column, stored: Mapping[str, StoredMatrix])
     wider = {(t.bits, stored[prefix].bits) for prefix, t in tensors.items() if stored[prefix].bits != t.bits}
     found += [f"{bits} bits in fields of {field}" for bits, field in sorted(wider)]
     if any(matrix.order is not None for matrix in stored.values()):
-        found.append("activations gathered")
+        found.append("gather")
     if any(each.order_folded for each in program.inherited.values()):
-        found.append("order of `down_proj` in the rows before it")
+        found.append("rows reordered")
     found += [words for words, applies in column.rewritings.items() if any(map(applies, tensors.values()))]
     return f"rewritten: {'; '.join(found)}" if found else "exact"
 
