@@ -31,6 +31,8 @@ SHARED = {"runtimes.bundle", "runtimes.errors", "runtimes.metrics"}
 BUILD_TOO = {"runtimes.parity", "runtimes.bench", "runtimes.report"}
 # Part of the device's own system (JetPack), in the version that its engines need.
 WITH_THE_DEVICE = {"tensorrt"}
+# Of tools/library_weights.py, which runs where these are installed: they ask for other versions than constraints.txt.
+ELSEWHERE = {"awq", "gptqmodel"}
 BACKENDS = ("onnx_", "onnxruntime_", "openvino_", "tensorrt_", "coreml_", "tvm_", "torch_")
 
 
@@ -173,7 +175,7 @@ def test_setup_requires_everything_that_is_imported() -> None:
     }
     missing = set()
     for item in (item for package in LAYERS for item in all_imports(package)):
-        if item.top not in sys.stdlib_module_names and item.top not in {*LAYERS, *WITH_THE_DEVICE}:
+        if item.top not in sys.stdlib_module_names and item.top not in {*LAYERS, *WITH_THE_DEVICE, *ELSEWHERE}:
             names = {name.lower().replace("_", "-") for name in distributions.get(item.top, [item.top])}
             if not names & required:
                 missing.add(str(item))

@@ -114,8 +114,9 @@ def test_reasons_against_a_form(tiny_student: Path) -> None:
     assert reason == "lm: sm_70 is no architecture that TensorRT files are made for here"
     name, matrix = next(iter(program.inherited.items()))
     odd = replace(program, inherited={name: replace(matrix, bits=2)})
-    assert EXPORTER.unsupported(odd, load_profile(JETSON), TYPED) == [
-        f"lm: {name} has 2 bits, TensorRT has INT4 and INT8"
+    assert EXPORTER.unsupported(odd, load_profile(JETSON), TYPED) == []  # in fields of INT4
+    assert EXPORTER.unsupported(odd, load_profile(JETSON), FUSED) == [
+        f"lm: {name} has 2 bits, our kernels have 4 and 8"
     ]
 
 
