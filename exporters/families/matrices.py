@@ -125,8 +125,8 @@ class Matrices:
         return Constant("float32", shape, lambda: self.student.tensor(name).float().numpy())
 
     def joinable(self, sources: list[str]) -> bool:
-        """Exact only where all parts are float, or share bits, block, act-order and the presence of zero points; and the
-        rounding of their input."""
+        """Exact only where all parts are float, or share bits, block, act-order and the presence of zero points; and
+        the rounding of their input."""
         if len({self.student.activations.get(source) for source in sources}) > 1:
             return False
         quantized = [self.student.quantized.get(source) for source in sources]

@@ -63,7 +63,7 @@ class Int8(Scheme):
 
 
 def schemes(config: Mapping[str, Any], modules: Mapping[str, tuple[str, ...]], stored: Checkpoint) -> dict[str, Scheme]:
-    """The scheme of every module that has an ``SCB`` (int8) or a quant_state (nf4); what is stored in float stays so."""
+    """The scheme of every module that has an ``SCB`` (int8) or a quant_state (nf4); float ones stay so."""
     if config.get("load_in_4bit") and not config.get("load_in_8bit"):
         return bitsandbytes_nf4.schemes(config, modules, stored)
     if not config.get("load_in_8bit"):
