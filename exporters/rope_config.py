@@ -28,7 +28,10 @@ def check_rope(config: Mapping[str, Any], where: str) -> None:
     if not isinstance(new, dict):
         return
     for key, kind, name, old in _old_spelling(config):
-        table = new.get(kind) if isinstance(new.get(kind), dict) else new
+        nested = any(isinstance(value, dict) for value in new.values())
+        table = new.get(kind) if nested else new
+        if not isinstance(table, dict):  # a family with tables of its own kinds, or without this one
+            continue
         missing = {"rope_type": "default", "partial_rotary_factor": 1.0}.get(name)
         value = table.get(name, table.get("type") if name == "rope_type" else None)
         # A missing theta is taken from the old spelling; anything else that is missing has its usual value.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from exporters.activations import Activation
 from exporters.checkpoint import Checkpoint, open_checkpoint
 from exporters.discretizer import load_discretizer
-from exporters.errors import PackageError, TokenizerError, WeightsError
+from exporters.errors import PackageError, QuantizationError, TokenizerError, WeightsError
 from exporters.formats.scheme import Scheme
 from exporters.model_config import Skeleton, check_model_config, library_config, skeleton
 from exporters.package import MANIFEST, Modality, Package, validate
@@ -150,6 +150,7 @@ def _match_tensors(
     def take(name: str, dtypes: frozenset[str], allowed: tuple[tuple[int, ...], ...]) -> TensorInfo:
         info = unseen.pop(name, None)
         if info is None:
+            _refuse_joined_experts(name, unseen)
             raise WeightsError(
                 f"the tensor {name!r} is missing", where="weights", way_out="Export the checkpoint again"
             )
@@ -185,6 +186,19 @@ def _match_tensors(
             way_out="Remove them, or correct config.json",
         )
     return floats, shapes
+
+
+def _refuse_joined_experts(missing: str, unseen: Mapping[str, TensorInfo]) -> None:
+    """Tells experts that were quantised as one tensor of three dimensions from a tensor that is simply missing."""
+    for name, info in unseen.items():
+        layer, marker, part = name.partition(".experts.")
+        if marker and part.startswith(("gate_up_proj", "down_proj")) and missing.startswith(f"{layer}{marker}"):
+            raise QuantizationError(
+                f"holds the experts of a layer as one quantised tensor {list(info.shape)}; those of compressed-tensors "
+                "and the like, with a matrix for each expert, are understood",
+                where=f"{info.file.name}: {name}",
+                way_out="Quantise the checkpoint with a Linear for each expert, or dequantise its experts",
+            )
 
 
 def _check_tied(checkpoint: Checkpoint, info: TensorInfo, source: str) -> None:

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +44,6 @@ SMALL: dict[str, Any] = dict(
     num_hidden_layers=3,
     num_attention_heads=4,
     num_key_value_heads=2,
-    head_dim=16,
     num_experts=4,
     num_local_experts=4,
     n_routed_experts=4,
@@ -53,6 +54,11 @@ SMALL: dict[str, Any] = dict(
     bos_token_id=1,
     eos_token_id=2,
     sliding_window=7,
+    rotary_dim=8,
+)
+#: And those of multi-head latent attention.
+LATENT = dict(
+    kv_lora_rank=16, q_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, n_group=1, topk_group=1
 )
 
 
@@ -77,7 +83,9 @@ def tiny_config(model_type: str, options: dict[str, Any] | None = None):
 
     kind = CONFIG_MAPPING[model_type]
     default = kind()
-    values = {key: value for key, value in SMALL.items() if hasattr(default, key)}
+    small = SMALL | (LATENT if hasattr(default, "kv_lora_rank") else {"head_dim": 16})
+    settable = {key for key in small if not isinstance(getattr(kind, key, None), property)}
+    values = {key: small[key] for key in settable if hasattr(default, key)}
     return kind(**(values | (options or {})))
 
 
@@ -132,14 +140,43 @@ def attempt(model_type: str) -> Outcome:
     """Builds, saves, captures and compares one model_type."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            model = random_model(tiny_config(model_type))
-            model.save_pretrained(folder)
+            with time_limit():
+                model = random_model(tiny_config(model_type))
+                model.save_pretrained(folder)
         except Exception as error:  # no tiny config can be made: whatever a config or model class raises
-            return Outcome(model_type, None, f"no tiny config: {type(error).__name__}: {error}".splitlines()[0])
+            return Outcome(model_type, None, f"no tiny config: {_line(error)}")
         try:
-            return Outcome(model_type, compare(Path(folder), model), "")
+            with torch.no_grad():
+                model(torch.arange(3, 9)[None], use_cache=False)
+        except Exception as error:  # the library's own model does not run as it was made
+            return Outcome(model_type, None, f"no tiny config: {_line(error)}")
+        try:
+            with time_limit():
+                return Outcome(model_type, compare(Path(folder), model), "")
         except ExportError as error:
-            return Outcome(model_type, None, str(error))
+            return Outcome(model_type, None, f"{error.where}: {error.what}")
+        except Exception as error:  # a fault of this program, which the table says
+            return Outcome(model_type, None, f"fault: {_line(error)}")
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
+@contextmanager
+def time_limit(seconds: int = 40) -> Iterator[None]:
+    """Raises TimeoutError in the main thread: some defaults are of full size where no key makes them small."""
+
+    def expire(signum: int, frame: object) -> None:
+        raise TimeoutError(f"not done in {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, expire)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def main() -> None:
@@ -148,15 +185,14 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", metavar="A,B", help="model_types to try (default: all)")
+    parser.add_argument("--write", action="store_true", help="write the table (exporters/families/MATRIX.md)")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
+    outcomes = []
     for model_type in options.only.split(",") if options.only else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        try:
-            outcome = attempt(model_type)
-            print(f"{outcome.status:8} {model_type:24} {outcome.error} {outcome.reason}", flush=True)
-        except Exception as error:
-            print(f"CRASH    {model_type:24} {type(error).__name__}: {str(error)[:300]!r}", flush=True)
+        outcomes.append(attempt(model_type))
+        print(outcomes[-1], flush=True)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from exporters import passes
 from exporters.families import modules
@@ -66,8 +66,7 @@ def capture_lm(student: Student, capacity: int) -> Program:
     """
     config = student.library_config()
     fake = FakeTensorMode()
-    with fake:
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=ATTENTION).eval()
+    model = _fake_model(config, fake)
     matrices = Matrices(student, fake)
     Swap(matrices, capacity).model(model)
     layers = read_layers(model, capacity, fake)
@@ -101,6 +100,19 @@ def capture_lm(student: Student, capacity: int) -> Program:
     )
     _check_loaded(program)
     return passes.apply(program, passes.PROGRAM)
+
+
+def _fake_model(config: PreTrainedConfig, fake: FakeTensorMode) -> PreTrainedModel:
+    """transformers' own model of a config with our attention, on tensors that take no memory."""
+    try:
+        with fake:
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=ATTENTION).eval()
+    except Exception as error:  # its skeleton was built before: what is new is the attention
+        raise UnsupportedModule(
+            f"its attention is not one of the library's interface: {type(error).__name__}: {error}",
+            where=f"model_type {config.model_type}",
+            way_out=SUPPORTED,
+        ) from error
 
 
 def _check_loaded(program: Program) -> None:

@@ -107,12 +107,12 @@ class LinearSlice(nn.Module):
 class TiedHead(nn.Module):
     """The language-model head that multiplies with the embedding's own table."""
 
-    def __init__(self, matrix: nn.Module):
+    def __init__(self, matrix: nn.Module, bias: nn.Parameter | None = None):
         super().__init__()
-        self._matrix = Shared(matrix)
+        self._matrix, self.bias = Shared(matrix), bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._matrix().linear(x, None)
+        return self._matrix().linear(x, self.bias)
 
 
 class FusedEmbedding(nn.Module):

@@ -67,11 +67,20 @@ class Swap:
     def _tied_head(self, model: PreTrainedModel) -> None:
         if not model.config.tie_word_embeddings:
             return
-        table = model.get_input_embeddings()
-        path = next(n for n, m in model.named_modules() if m is table)
-        embedding = self._embedding(path, table)
+        table, head = model.get_input_embeddings(), model.get_output_embeddings()
+        names = {id(module): name for name, module in model.named_modules()}
+        if type(head) is not nn.Linear:
+            raise UnsupportedModule(
+                f"the tied head is a {type(head).__name__}", where=names.get(id(head), "head"), way_out=SUPPORTED
+            )
+        embedding = self._embedding(names[id(table)], table)
+        bias = None
+        if head.bias is not None:
+            path = f"{names[id(head)]}.bias"
+            bias = self.matrices.new(lambda: nn.Parameter(torch.empty_like(head.bias), requires_grad=False))
+            self.matrices.constants[path] = self.matrices.float(path)
         model.set_input_embeddings(embedding)
-        model.set_output_embeddings(modules.TiedHead(embedding.matrix))
+        model.set_output_embeddings(modules.TiedHead(embedding.matrix, bias))
 
     def _join(self, path: str, parent: nn.Module, joined: str, parts: tuple[str, ...]) -> None:
         sources = [f"{path}.{part}" for part in parts]

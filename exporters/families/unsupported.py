@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from exporters.errors import ExportError
+from exporters.families.language_models import FAMILIES
 
 #: The way out of every refusal of a module.
 SUPPORTED = (
-    "Supported: decoders of Linear, RMSNorm, table RoPE and causal attention, as in Llama, Qwen2, Qwen3, Mistral."
+    f"Supported by name: {', '.join(FAMILIES)}; others by the same modules: Linear, norms, RoPE by position, causal "
+    "attention with or without a window, experts with a gate."
 )
 
 
