@@ -2,6 +2,7 @@
 
     python -m tools.family_matrix                  # prints one line per model_type
     python -m tools.family_matrix --only llama,phi3
+    python -m tools.family_matrix --write          # README.md and exporters/families/MATRIX.md
 
 For each model_type a config is made from the library's own defaults with small dimensions, a random model is saved as
 a checkpoint, opened and captured as a build does it, and the captured Program is run in PyTorch (its fused ops by
@@ -26,6 +27,7 @@ import torch
 
 from exporters.errors import ExportError
 from exporters.families.decoder_lm import capture_lm
+from exporters.families.language_models import FAMILIES
 from exporters.program import Program
 from exporters.student import load_student
 
@@ -33,6 +35,15 @@ CAPACITY, VOCAB = 48, 131
 #: Tokens per step: a prompt, a chunk, single steps and a chunk again.
 CHUNKS = (24, 8, 1, 1, 6)
 LIMIT = 1e-5
+NO_CONFIG = "no small config made here runs in the library itself"
+ROOT = Path(__file__).parent.parent
+README, TABLE = ROOT / "README.md", ROOT / "exporters" / "families" / "MATRIX.md"
+HEADER = """# Every causal language model of transformers
+
+Written by `python -m tools.family_matrix --write`: a random model of each model_type with small dimensions is saved,
+opened and captured as a build does it; the captured Program runs in PyTorch, in chunks, against the model's own eager
+forward. `exact`: the relative error, at most 1e-5. `not tried`: no small config was found that the library itself
+runs; a checkpoint of it goes the same way, and is exported or refused like the others."""
 
 #: What every config is made small with; keys that a config class does not have are passed over.
 SMALL: dict[str, Any] = dict(
@@ -73,7 +84,7 @@ class Outcome:
     @property
     def status(self) -> str:
         if self.error is None:
-            return "refused"
+            return "not tried" if self.reason.startswith(NO_CONFIG) else "refused"
         return "exact" if self.error <= LIMIT else "wrong"
 
 
@@ -144,12 +155,12 @@ def attempt(model_type: str) -> Outcome:
                 model = random_model(tiny_config(model_type))
                 model.save_pretrained(folder)
         except Exception as error:  # no tiny config can be made: whatever a config or model class raises
-            return Outcome(model_type, None, f"no tiny config: {_line(error)}")
+            return Outcome(model_type, None, f"{NO_CONFIG}: {_line(error)}")
         try:
             with torch.no_grad():
                 model(torch.arange(3, 9)[None], use_cache=False)
         except Exception as error:  # the library's own model does not run as it was made
-            return Outcome(model_type, None, f"no tiny config: {_line(error)}")
+            return Outcome(model_type, None, f"{NO_CONFIG}: {_line(error)}")
         try:
             with time_limit():
                 return Outcome(model_type, compare(Path(folder), model), "")
@@ -179,6 +190,32 @@ def time_limit(seconds: int = 40) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+def write_tables(outcomes: Sequence[Outcome]) -> None:
+    """The families known by name into README.md, every model_type into exporters/families/MATRIX.md."""
+    found = {outcome.model_type: outcome for outcome in outcomes}
+    rows = ["| model_type | what is special | Program against eager |", "| --- | --- | --- |"]
+    rows += [f"| `{name}` | {special} | {_cell(found[name])} |" for name, special in FAMILIES.items()]
+    exact = [name for name, outcome in found.items() if outcome.status == "exact"]
+    generic = [name for name in exact if name not in FAMILIES]
+    rows += ["", f"The same way, by their modules alone: {', '.join(f'`{name}`' for name in generic)}. The other"]
+    rows += [
+        f"{len(found) - len(exact)} of transformers' {len(found)} decoders are refused or could not be tried here, "
+    ]
+    rows[-1] += f"each with its reason in [exporters/families/MATRIX.md]({TABLE.relative_to(ROOT).as_posix()})."
+    text = README.read_text("utf-8")
+    start, end = (text.index(f"<!-- {mark} -->") for mark in ("families", "/families"))
+    block = "<!-- families -->\n" + "\n".join(rows) + "\n"
+    README.write_text(text[:start] + block + text[end:], "utf-8")
+    lines = [HEADER, "", "| model_type | outcome |", "| --- | --- |"]
+    lines += [f"| `{name}` | {_cell(found[name])} |" for name in sorted(found)]
+    TABLE.write_text("\n".join(lines) + "\n", "utf-8")
+
+
+def _cell(outcome: Outcome) -> str:
+    reason = outcome.reason.replace("|", "\\|")
+    return f"{outcome.status}: {outcome.error:.1e}" if outcome.error is not None else f"{outcome.status}: {reason}"
+
+
 def main() -> None:
     """Command line."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -193,6 +230,8 @@ def main() -> None:
     for model_type in options.only.split(",") if options.only else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         outcomes.append(attempt(model_type))
         print(outcomes[-1], flush=True)
+    if options.write:
+        write_tables(outcomes)
 
 
 if __name__ == "__main__":

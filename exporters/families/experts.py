@@ -87,6 +87,13 @@ def dense_experts(path: str, module: nn.Module, config: PreTrainedConfig, matric
             where=path,
             way_out=SUPPORTED,
         )
+    rounded = [name for name in matrices.student.activations if name.startswith(f"{path}.") or _is_part(name, matrices)]
+    if rounded:
+        raise UnsupportedModule(
+            f"{type(module).__name__} rounds the inputs of its experts ({rounded[0]}), which no dense form does",
+            where=path,
+            way_out="Quantise the experts' weights alone.",
+        )
     _prove(path, module, config)
     experts, width, _ = module.gate_up_proj.shape
     inner = _inner(path, module.gate_up_proj, matrices)
@@ -150,6 +157,12 @@ def _outer(path: str, parameter: Tensor, matrices: Matrices) -> list[nn.Module]:
 def _beside(shape: tuple[int, int], load: Callable[[], np.ndarray]) -> Constant:
     """[E, H, I] as [H, E*I]."""
     return Constant("float32", shape, lambda: np.ascontiguousarray(load().transpose(1, 0, 2)).reshape(shape))
+
+
+def _is_part(module: str, matrices: Matrices) -> bool:
+    """Whether the checkpoint's ``module`` is a matrix of some expert."""
+    groups = matrices.student.experts.values()
+    return any(f"{module}.weight" in group for kinds in groups for group in kinds)
 
 
 def _module(weight: str) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from exporters.passes.cancel_layout import cancel_layout
+from exporters.passes.drop_identities import drop_identities
 from exporters.passes.fold_rope import fold_rope
 from exporters.passes.fuse_epilogues import fuse_epilogues
 from exporters.passes.fuse_projection import fuse_projection
@@ -24,6 +25,7 @@ GraphPass = Callable[[torch.fx.Graph], None]
 
 #: What every language model goes through before any backend sees it.
 PROGRAM: Sequence[GraphPass] = (
+    drop_identities,  # aliases, whole slices, and joins with nothing
     merge_equal,  # one call of each joined projection, one gather of the RoPE angles
     fold_rope,  # rotation of query and key -> the attention op's own tables
     cancel_layout,  # transposes and reshapes that undo each other, which the rotation kept apart

@@ -88,7 +88,7 @@ CASES: Mapping[str, Case] = {
         GQA,
     ),
     "smollm3": Case("smollm3", dict(hidden_size=64, no_rope_layers=[1, 0, 1], tie_word_embeddings=True), GQA),
-    "phi3": Case("phi3", dict(sliding_window=None)),
+    "phi3": Case("phi3", dict(hidden_size=64, sliding_window=None), GQA | {"Neg": 0}),
     "phi3-partial": Case("phi3", PARTIAL | dict(hidden_size=64, sliding_window=7), GQA),
     "phi3-longrope-short": Case("phi3", LONGROPE | dict(sliding_window=None)),
     "phi": Case("phi", dict(hidden_size=64), GQA),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from exporters import ops, passes
 from exporters.passes import (
     cancel_layout,
+    drop_identities,
     fold_rope,
     fuse_epilogues,
     fuse_projection,
@@ -167,6 +168,24 @@ def test_fold_rope_keeps_a_rotation_in_front_of_one() -> None:
 
     tables = {"cos": random(CAPACITY, WIDTH // 2), "sin": random(CAPACITY, WIDTH // 2)}
     assert edited([fold_rope], twice, *attention_inputs(), **tables)[ops.rope_angles.overload] == 1
+
+
+# --- drop_identities ------------------------------------------------------------------------------------------------
+
+
+def test_drop_identities_leaves_what_does_something() -> None:
+    def all_of_a_head(x):
+        return torch.cat([torch.relu(x[..., :Q]), x[..., Q:]], -1)
+
+    assert edited([drop_identities], all_of_a_head, random(1, 3, Q)) == {ATEN.relu.default: 1}
+
+
+def test_drop_identities_keeps_parts_and_steps() -> None:
+    def parts(x):
+        return torch.cat([torch.relu(x[..., : Q // 2]), x[..., Q // 2 :]], -1) + x[..., ::2].repeat(1, 1, 2)
+
+    counts = edited([drop_identities], parts, random(1, 3, Q))
+    assert counts[ATEN.slice.Tensor] == 3 and counts[ATEN.cat.default] == 1
 
 
 # --- cancel_layout --------------------------------------------------------------------------------------------------
