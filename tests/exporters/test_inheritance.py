@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 
+from device_profiles import load_profile
 from exporters import inheritance
+from exporters.backends import Job
 from exporters.inheritance import Inheritance
+from exporters.onnx_ import OnnxExporter
 from exporters.onnx_weights import read_matrices
 from tests.exporters.conftest import ExportedLm, ExportLm
+from tools.format_matrix import load
 
 PREFIX = "model.layers.1.self_attn.qkv_proj.matrix"
 FIRST, LAST = (f"model.layers.1.self_attn.{part}_proj" for part in "qv")
@@ -119,3 +125,30 @@ def test_reading_back_leaves_no_file_open(exported_lm: ExportLm) -> None:
 def test_results_of_several_artifacts_add_up() -> None:
     total = Inheritance(2, 3, ("a",)) + Inheritance(4, 4)
     assert total.as_dict() == {"identical": 6, "total": 7, "mismatches": ["a"]}
+
+
+def test_an_order_that_is_another_is_found_and_named(tmp_path: Path) -> None:
+    case = load("gptq-4bit-act-order", tmp_path)
+    exporter = OnnxExporter()
+    [artifact] = exporter.export(Job(case.program, load_profile("host"), tmp_path / "out", [("fused", "exact")]))
+    stored = dict(exporter.read_matrices(tmp_path / "out", artifact, case.program))
+
+    def compared(prefix: str, **changes: object) -> tuple[str, ...]:
+        changed = stored | {prefix: replace(stored[prefix], **changes)}
+        return inheritance.compare("here", case.program, changed, case.student.quantized).mismatches
+
+    layer = "model.layers.0"
+    joined, down = f"{layer}.mlp.gate_up_proj.matrix", f"{layer}.mlp.down_proj.matrix"
+    order = stored[joined].order
+    assert order is not None and stored[down].order is None
+    swapped = order.copy()
+    swapped[:2] = order[1::-1]
+    wrong = tuple(f"here: {joined} ({layer}.mlp.{part}_proj) order" for part in ("gate", "up"))
+    assert compared(joined, order=order) == ()
+    assert compared(joined, order=swapped) == compared(joined, order=None) == wrong
+    # down_proj's order stands in the rows in front: a gather besides would permute twice, natural rows not at all.
+    assert compared(down, order=np.arange(96)) == (f"here: {down} ({layer}.mlp.down_proj) order",)
+    natural = np.argsort(case.student.quantized[f"{layer}.mlp.down_proj"].order)
+    rows = np.concatenate([natural, natural + natural.size])
+    codes = tuple(f"here: {joined} ({layer}.mlp.{part}_proj) codes" for part in ("gate", "up"))
+    assert compared(joined, codes=stored[joined].codes[rows]) == codes
