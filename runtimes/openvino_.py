@@ -30,6 +30,10 @@ MODES: Mapping[str, Mapping[str, Any]] = {
     "fp16": {"INFERENCE_PRECISION_HINT": "f16", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0, "KV_CACHE_PRECISION": "f16"},
     "fast": {},
 }
+#: Beginning of the names of what rounds activations, as the exporter gives them.
+_ROUNDS = "quantize_activation"
+#: Of a division: it stays one. OpenVINO's own mark, which its reader of exported programs sets and its files lose.
+_DIVIDES = "nonconvertable_divide_0"
 #: key of `effective` -> the property of the compiled model that it is read from
 REPORTED = {
     "precision": "INFERENCE_PRECISION_HINT",
@@ -42,6 +46,18 @@ _KEPT_SHAPES = 4
 _BEAM = "beam_idx"
 #: Layers of a compiled model that only hold or move values.
 _PASSIVE = {"Const", "Input", "Output", "MemoryInput", "MemoryOutput", "Reshape", "Reorder", "ShapeOf", "Broadcast"}
+
+
+def dividing(model: Any) -> Any:
+    """``model``, with activations that are rounded to codes divided by their scales.
+
+    The plugin would multiply by the reciprocal instead, one unit in the last place away: the largest negative value of
+    a symmetric scale lies on the tie -127.5, so that would be another code.
+    """
+    for node in model.get_ops():
+        if node.get_type_name() == "Divide" and node.get_friendly_name().startswith(_ROUNDS):
+            node.get_rt_info()[_DIVIDES] = True
+    return model
 
 
 class UnreadableModel(Fault):
@@ -94,7 +110,9 @@ class OpenVinoSession(CheckedSession):
             return core.compile_model(model, device, config)
 
         with _translated(where, loading=True):
-            return cls(core.read_model(path), compile_model, artifact, limits_of(bundle, artifact), timing=timing)
+            return cls(
+                dividing(core.read_model(path)), compile_model, artifact, limits_of(bundle, artifact), timing=timing
+            )
 
     def _bind_decode(self) -> None:
         """Everything that a decode step reads is bound once; new values are written into these arrays."""
