@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from exporters.blocks import PARTS, BlockLayout
 from exporters.errors import QuantizationError
 from exporters.families import modules
+from exporters.families.unsupported import SUPPORTED, UnsupportedModule
 from exporters.program import Constant, Inherited
 
 if TYPE_CHECKING:
@@ -121,6 +122,8 @@ class Matrices:
         return Constant(stored.dtype, stored.shape, lambda: self._in_row_order(source, stored.load()))
 
     def float(self, name: str) -> Constant:
+        if name not in self.student.tensors:
+            raise UnsupportedModule("the checkpoint has no value under this name", where=name, way_out=SUPPORTED)
         shape = tuple(self.student.tensors[name].shape)
         return Constant("float32", shape, lambda: self.student.tensor(name).float().numpy())
 

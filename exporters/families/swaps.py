@@ -65,7 +65,7 @@ class Swap:
         return None
 
     def _tied_head(self, model: PreTrainedModel) -> None:
-        if not model.config.tie_word_embeddings:
+        if not getattr(model.config, "tie_word_embeddings", False):
             return
         table, head = model.get_input_embeddings(), model.get_output_embeddings()
         names = {id(module): name for name, module in model.named_modules()}

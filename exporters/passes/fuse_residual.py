@@ -20,6 +20,8 @@ def fuse_residual(graph: Graph) -> None:
         total, weight, eps = norm.args
         if not is_call(total, ATEN.add.Tensor) or total.kwargs or not same_shape(*total.args):
             continue
+        if weight.op != "placeholder":  # made between the sum and the norm, as the ones of a norm without a weight
+            continue
         value = norm.meta["val"]
         # At the place of the sum: its other users may come before the norm.
         fused = insert(total, ops.add_rms_norm.overload, (*total.args, weight, eps), (value, total.meta["val"]))
