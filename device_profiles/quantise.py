@@ -1,4 +1,4 @@
-"""The [quantise] table of a profile: what the build does to a float student, and to the KV cache of any.
+"""The [quantise] table of a profile: what the build does to a float student.
 
 [quantise]
 method = "gptq"         # how weights are rounded; absent: float weights stay float
@@ -22,13 +22,13 @@ METHODS: Mapping[str, tuple[int, ...]] = {
     "awq": (4,),
     "smoothquant": (8,),
 }
-#: What `--quantise` takes -> (method, bits).
-RECIPES: Mapping[str, tuple[str, int]] = {
-    f"int{bits}" + ("" if method == "round-to-nearest" else f"-{method}"): (method, bits)
+#: What `--quantise` takes -> (method, bits, activations).
+RECIPES: Mapping[str, tuple[str, int, str | None]] = {
+    f"int{bits}" + ("" if method == "round-to-nearest" else f"-{method}"): (method, bits, None)
     for method, widths in METHODS.items()
     for bits in widths
-}
-KV_CACHES = ("int8",)
+} | {"w8a8-smoothquant": ("smoothquant", 8, "int8")}
+ACTIVATIONS = ("int8",)
 #: Columns per scale where neither profile nor option says: as wide as the codes need.
 DEFAULT_GROUPS: Mapping[int, int | None] = {4: 32, 8: None}
 
@@ -41,21 +41,20 @@ class Quantise:
         method, bits: a row of METHODS.
         group: columns that share a scale.
         mean_kl: the quality budget, nats.
-        kv_cache: dtype of the cache, one of KV_CACHES.
-        kv_cache_kl: limit of its gate, nats.
+        activations: what the inputs of the linear layers are rounded to, one of ACTIVATIONS.
     """
 
     method: str | None = None
     bits: int | None = None
     group: int | None = None
     mean_kl: float | None = None
-    kv_cache: str | None = None
-    kv_cache_kl: float = 0.001
+    activations: str | None = None
 
     @property
     def name(self) -> str | None:
         """As the option writes it, such as "int4-gptq"; None without a method."""
-        return next((name for name, row in RECIPES.items() if row == (self.method, self.bits)), None)
+        row = self.method, self.bits, self.activations
+        return next((name for name, each in RECIPES.items() if each == row), None)
 
     @property
     def columns(self) -> int | None:
@@ -67,7 +66,7 @@ class Quantise:
         found = []
         if self.method is not None and self.method not in METHODS:
             found.append(("method", f"{self.method!r} is not known", f"One of: {', '.join(METHODS)}."))
-        elif self.method is None and (self.bits or self.group or self.mean_kl is not None):
+        elif self.method is None and (self.bits or self.group or self.activations or self.mean_kl is not None):
             found.append(("method", "is missing", f"Name one: {', '.join(METHODS)}."))
         elif self.method is not None and self.bits not in METHODS[self.method]:
             offered = " or ".join(map(str, METHODS[self.method]))
@@ -76,10 +75,10 @@ class Quantise:
             found.append(("group", f"{self.group} is no multiple of 16", "Matrix products take blocks of 16 columns."))
         if self.mean_kl is not None and not 0 < self.mean_kl <= 10:
             found.append(("mean_kl", f"{self.mean_kl!r} is outside 0 to 10", "Give nats, as in 0.02."))
-        if self.kv_cache is not None and self.kv_cache not in KV_CACHES:
-            found.append(("kv_cache", f"{self.kv_cache!r} is not known", f"One of: {', '.join(KV_CACHES)}."))
-        if not 0 < self.kv_cache_kl <= 10:
-            found.append(("kv_cache_kl", f"{self.kv_cache_kl!r} is outside 0 to 10", "Give nats, as in 0.001."))
+        if self.activations is not None and self.activations not in ACTIVATIONS:
+            found.append(("activations", f"{self.activations!r} is not known", f"One of: {', '.join(ACTIVATIONS)}."))
+        elif self.activations is not None and self.method is not None and self.name is None:
+            found.append(("activations", f"{self.method} leaves them float", 'Use method "smoothquant" with 8 bits.'))
         return found
 
     def as_dict(self) -> dict[str, Any]:

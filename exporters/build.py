@@ -269,8 +269,8 @@ def _with_options(profile: Profile, options: argparse.Namespace) -> Profile:
     """The profile with the options that go before its [quantise] table."""
     settings = profile.quantise
     if options.quantise is not None:
-        method, bits = RECIPES[options.quantise]
-        settings = replace(settings, method=method, bits=bits, group=None)
+        method, bits, activations = RECIPES[options.quantise]
+        settings = replace(settings, method=method, bits=bits, activations=activations, group=None)
     for option, key in (("group", "group"), ("mean_kl", "mean_kl")):
         if (value := getattr(options, option)) is not None:
             settings = replace(settings, **{key: value})

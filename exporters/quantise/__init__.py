@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from device_profiles.quantise import Quantise
+from exporters.activations import Activation
 from exporters.errors import ExportError
 from exporters.families.streaming import Call, empty_model, student_reader, walk
 from exporters.families.swaps import JOINED
@@ -121,6 +122,8 @@ def quantise(
     else:
         assert calibration is not None
         _fit(student, calibration, work, width, layers, store, progress)
+    if settings.activations is not None:
+        store.activations.update(dict.fromkeys(layers, Activation(settings.activations)))
     groups = _groups((*others, *layers))
     alone: dict[str, float] = {}
     mean_kl = None
@@ -207,7 +210,7 @@ def _within_budget(
 ) -> tuple[dict[str, float], float]:
     """(group -> its loss alone, loss of the whole within the budget)."""
     parameters = {name: [f"{module}.weight" for module in modules] for name, modules in groups.items()}
-    alone = loss.of_each(parameters, student_reader(stored(student, store)))
+    alone = loss.of_each(parameters, stored(student, store))
     plain = folded(student, store)
     steps = {}
     for name, modules in groups.items():

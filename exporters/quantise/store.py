@@ -11,6 +11,7 @@ from types import MappingProxyType
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
+from exporters.activations import Activation
 from exporters.checkpoint import Checkpoint
 from exporters.quantise.grids import Grid, Width
 from exporters.quantized import QuantizedTensor
@@ -68,6 +69,8 @@ class Store(Mapping[str, QuantizedTensor]):
         self._folder, self._source = folder, source
         self.widths: dict[str, Width] = {}
         self.folds: dict[str, tuple[Fold, ...]] = {}
+        #: module -> how its input is rounded
+        self.activations: dict[str, Activation] = {}
 
     def put(self, module: str, grid: Grid, width: Width) -> None:
         """Writes a matrix, in the place of the one that the module had."""
@@ -78,8 +81,9 @@ class Store(Mapping[str, QuantizedTensor]):
         self.widths[module] = width
 
     def drop(self, module: str) -> None:
-        """The module stays in float."""
+        """The module stays in float, its input as well."""
         del self.widths[module]
+        self.activations.pop(module, None)
 
     def fold(self, name: str, fold: Fold) -> None:
         """Adds a change of a float tensor."""
@@ -115,4 +119,9 @@ def stored(student: Student, store: Store) -> Student:
     """The student with the store's matrices in the place of its own."""
     held = {f"{module}.weight" for module in store}
     tensors = {name: info for name, info in student.tensors.items() if name not in held}
-    return dataclasses.replace(folded(student, store), tensors=MappingProxyType(tensors), quantized=store)
+    return dataclasses.replace(
+        folded(student, store),
+        tensors=MappingProxyType(tensors),
+        quantized=store,
+        activations=MappingProxyType(store.activations),
+    )

@@ -37,8 +37,10 @@ FAMILIES = {
 
 
 def settings(recipe: str, **options: object) -> Quantise:
-    method, bits = RECIPES[recipe]
-    return Quantise(method=method, bits=bits, **({"group": 16 if bits == 4 else None} | options))  # type: ignore[arg-type]
+    method, bits, activations = RECIPES[recipe]
+    return Quantise(
+        method=method, bits=bits, activations=activations, **({"group": 16 if bits == 4 else None} | options)
+    )  # type: ignore[arg-type]
 
 
 def rows(student: Student, lengths: tuple[int, ...] = (9, 24, 17, 5, 24, 24)) -> Calibration:
@@ -201,6 +203,27 @@ def test_what_was_quantised_reaches_an_artifact_bit_for_bit(library, tmp_path):
     assert found.identical == found.total == 3 * len(made.student.quantized)
 
 
+def test_rounded_inputs_are_part_of_the_student_and_of_its_loss(library, tmp_path):
+    """w8a8: weights as without them, one scale for each token, and a loss that transformers' own modules confirm."""
+    student = library("qwen2")
+    plain = quantised(student, tmp_path / "plain", "int8-smoothquant")
+    both = quantised(student, tmp_path / "both", "w8a8-smoothquant", mean_kl=10.0)
+    assert set(both.student.activations) == {name for name in both.student.quantized if name.endswith("_proj")}
+    name = "model.layers.1.mlp.down_proj"
+    assert np.array_equal(both.student.quantized[name].codes, plain.student.quantized[name].codes)
+    measured = rows(student).measured(student.config["vocab_size"])
+    models = [build_reference(student), build_reference(both.student)]
+    with torch.no_grad():
+        found = [[m(row[None], use_cache=False).logits[0].numpy() for m in models] for row in measured]
+    expected = float(np.concatenate([kl_divergence(*pair) for pair in found]).mean())
+    assert both.mean_kl == pytest.approx(expected, rel=1e-2)
+    # A group alone has its inputs rounded too, so it costs more than its weights.
+    weights, inputs = plain.student, both.student
+    groups = {"down": [f"{name}.weight"]}
+    loss = Loss(student, measured)
+    assert loss.of_each(groups, inputs)["down"] > loss.of_each(groups, weights)["down"]
+
+
 def test_the_loss_of_each_group_is_what_the_whole_model_says(library, tmp_path):
     student = library("qwen2")  # an untied head, biases
     made = quantised(student, tmp_path, "int4")
@@ -212,7 +235,7 @@ def test_the_loss_of_each_group_is_what_the_whole_model_says(library, tmp_path):
         "last": ["model.layers.1.mlp.down_proj.weight"],
     }
     loss = Loss(student, measured)
-    found = loss.of_each(groups, student_reader(made.student))
+    found = loss.of_each(groups, made.student)
     for name, parameters in groups.items():
         plain, changed = build_reference(student), build_reference(student)
         with torch.no_grad():

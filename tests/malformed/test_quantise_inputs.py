@@ -139,8 +139,9 @@ def test_an_unknown_method(capsys):
         ('method = "gptq"\nbits = 4\ngroup = 20', "quantise.group", "no multiple of 16"),
         ('method = "gptq"\nbits = 4\nmean_kl = 11', "quantise.mean_kl", "outside 0 to 10"),
         ('methods = "gptq"', "quantise.methods", "unknown key"),
-        ('kv_cache = "int2"', "quantise.kv_cache", "'int2' is not known"),
-        ("kv_cache_kl = -1", "quantise.kv_cache_kl", "outside 0 to 10"),
+        ('method = "smoothquant"\nbits = 8\nactivations = "int2"', "quantise.activations", "'int2' is not known"),
+        ('method = "gptq"\nbits = 4\nactivations = "int8"', "quantise.activations", "gptq leaves them float"),
+        ('activations = "int8"', "quantise.method", "is missing"),
     ],
 )
 def test_a_profile_that_asks_for_what_is_not_there(tmp_path, table, key, reason):
