@@ -1,12 +1,13 @@
-"""The [quantise] table of a profile: what the build does to a float student.
+"""The [quantise] table of a profile: what the build does to a float student, and to the KV cache of any.
 
 [quantise]
 method = "gptq"         # how weights are rounded; absent: float weights stay float
 bits = 4
 group = 32              # columns that share a scale; absent: 32 for 4 bits, a whole row for 8
 mean_kl = 0.02          # quality budget in nats: matrices that cost too much are kept at 8 bits, or in float
+activations = "int8"    # the layers' inputs are rounded as well, each token with its own scale; absent: float
 kv_cache = "int8"       # absent: the cache is float
-kv_cache_kl = 0.001     # gate of the int8 cache: mean KL divergence from the same student's float cache, nats
+kv_cache_kl = 0.005     # gate of an int8 cache: mean KL divergence from the student with a float one, nats
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ RECIPES: Mapping[str, tuple[str, int, str | None]] = {
     for bits in widths
 } | {"w8a8-smoothquant": ("smoothquant", 8, "int8")}
 ACTIVATIONS = ("int8",)
+KV_CACHES = ("int8",)
 #: Columns per scale where neither profile nor option says: as wide as the codes need.
 DEFAULT_GROUPS: Mapping[int, int | None] = {4: 32, 8: None}
 
@@ -42,6 +44,8 @@ class Quantise:
         group: columns that share a scale.
         mean_kl: the quality budget, nats.
         activations: what the inputs of the linear layers are rounded to, one of ACTIVATIONS.
+        kv_cache: dtype of the cache, one of KV_CACHES.
+        kv_cache_kl: limit of its gate, nats: by default what int8 weights may cost.
     """
 
     method: str | None = None
@@ -49,6 +53,8 @@ class Quantise:
     group: int | None = None
     mean_kl: float | None = None
     activations: str | None = None
+    kv_cache: str | None = None
+    kv_cache_kl: float = 0.005
 
     @property
     def name(self) -> str | None:
@@ -79,6 +85,10 @@ class Quantise:
             found.append(("activations", f"{self.activations!r} is not known", f"One of: {', '.join(ACTIVATIONS)}."))
         elif self.activations is not None and self.method is not None and self.name is None:
             found.append(("activations", f"{self.method} leaves them float", 'Use method "smoothquant" with 8 bits.'))
+        if self.kv_cache is not None and self.kv_cache not in KV_CACHES:
+            found.append(("kv_cache", f"{self.kv_cache!r} is not known", f"One of: {', '.join(KV_CACHES)}."))
+        if not 0 < self.kv_cache_kl <= 10:
+            found.append(("kv_cache_kl", f"{self.kv_cache_kl!r} is outside 0 to 10", "Give nats, as in 0.005."))
         return found
 
     def as_dict(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from device_profiles import Profile, ProfileError, list_profiles, load_profile
-from device_profiles.quantise import RECIPES
+from device_profiles.quantise import KV_CACHES, RECIPES
 from exporters import console
 from exporters.contents import build_key
 from exporters.errors import ExportError
@@ -218,6 +218,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--calibration", type=Path, metavar="DIR", help="its .txt or .safetensors data (the package's own samples)")
     add("--group", type=int, metavar="COLUMNS", help="columns that share a scale (32 for int4, a row for int8)")
     add("--mean-kl", type=float, metavar="NATS", help="quality budget: matrices that cost too much are kept wider")
+    add("--kv-cache", choices=KV_CACHES, help="keep keys and values in int8, fitted to the same data")
     add("--dry-run", action="store_true", help="predict sizes, memory and speed, check that they fit, and stop")
     add("--no-bench", action="store_true", help="do not measure latency")
     add("--allow-failed", action="store_true", help="publish although a gate failed")
@@ -271,8 +272,8 @@ def _with_options(profile: Profile, options: argparse.Namespace) -> Profile:
     if options.quantise is not None:
         method, bits, activations = RECIPES[options.quantise]
         settings = replace(settings, method=method, bits=bits, activations=activations, group=None)
-    for option, key in (("group", "group"), ("mean_kl", "mean_kl")):
-        if (value := getattr(options, option)) is not None:
+    for key in ("group", "mean_kl", "kv_cache"):
+        if (value := getattr(options, key)) is not None:
             settings = replace(settings, **{key: value})
     for key, what, way_out in settings.problems():
         raise ExportError(what, where=f"--{key.replace('_', '-')}", way_out=way_out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -138,6 +139,10 @@ def print_summary(bundle: Bundle, report: Report, reused: bool) -> None:
         )
     if report.quantisation:
         _print_quantisation(console, bundle, report)
+    states = next((a.states for a in bundle.artifacts if a.states), ())
+    if any(state.dtype == "int8" for state in states):
+        codes = sum(math.prod(state.shape) for state in states)
+        console.print(f"KV cache: int8, {size(codes)} for {bundle.context} tokens (float32: {size(4 * codes)}).")
     if lost := [row for row in report.failed if row.backend == "torch"]:
         worst = ", ".join(f"{row.metric} {row.value:.3g} (limit {row.limit:.3g})" for row in lost)
         console.print(

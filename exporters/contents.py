@@ -176,6 +176,9 @@ def tolerances(
             add("lm", "export", "noise", TIE_FACTOR * noise, f"{TIE_FACTOR} x noise floor: {floor}")
             add("lm", "export", "mean_kl", profile.kl, source("kl"))
             add("lm", "export", "same_top", profile.same_top, source("same_top"))
+            if profile.quantise.kv_cache is not None:
+                limit = profile.quantise.kv_cache_kl
+                add("lm", "export-int8-cache", "mean_kl", limit, "profile quantise.kv_cache_kl: the int8 KV cache")
             add("lm", "export-fast", "mean_kl", profile.fast_kl, source("fast_kl"))
             add("lm", "export-fast", "same_top", profile.fast_same_top, source("fast_same_top"))
         elif component.endswith("_decoder"):

@@ -125,4 +125,4 @@ def _precision(program: Program, mode: str) -> dict[str, str]:
     return {
         "weights": stored_precision(program),
         "activations": "int8 per block" if mode == "fast" else "float32",
-    }
+    } | ({"cache": "int8 per channel"} if any(state.dtype == "int8" for state in program.states) else {})

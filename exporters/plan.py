@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from device_profiles.schema import FORMS as KNOWN_FORMS
 from device_profiles.schema import Profile
 from exporters.backends import load_exporter
@@ -14,6 +16,8 @@ from exporters.traffic import bytes_per_token
 
 #: What a process holds besides weights and cache: the interpreter, numpy and the vendor's runtime.
 RUNTIME_BYTES = 96 << 20
+#: Backends whose attention takes a cache of int8 codes with one step for each channel.
+INT8_CACHES = ("onnx",)
 
 
 class PlanError(ExportError):
@@ -74,6 +78,8 @@ def _left_out(
 ) -> str:
     if backends is not None and backend not in backends:
         return "not among --backends"
+    if backend not in INT8_CACHES and any(state.dtype == "int8" for state in program.states):
+        return "an int8 KV cache (quantise.kv_cache) is ONNX Runtime's alone in this version"
     exporter = load_exporter(backend)
     if (form, mode) not in exporter.forms(program):
         return "float weights have no fast mode" if mode == "fast" else "this version has no such form"
@@ -114,7 +120,7 @@ def forecast(
 def state_bytes(program: Program) -> Iterable[int]:
     """Bytes of each state."""
     for state in program.states:
-        size = 4
+        size = np.dtype(state.dtype).itemsize
         for dimension in state.shape:
             size *= dimension
         yield size

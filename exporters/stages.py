@@ -15,11 +15,12 @@ from exporters.calibration import calibration_feeds
 from exporters.errors import ExportError
 from exporters.families import capture_student
 from exporters.inheritance import Inheritance
+from exporters.kv_cache import cache_steps
 from exporters.noise import PRECISIONS, Floor
 from exporters.plan import Entry, Forecast, check_fit, forecast, plan_entries
 from exporters.program import Program
 from exporters.quantise import Quantised, quantise
-from exporters.quantise.calibration import load_calibration
+from exporters.quantise.calibration import Calibration, load_calibration
 from exporters.student import Student, load_student
 from runtimes.bundle import Artifact, Bundle, write_manifest
 
@@ -85,12 +86,17 @@ def plan(
     progress("load", 0)
     student = load_student(package)
     twin = None if floating is None else _twin(student, load_student(floating))
-    quantised = _quantised(student, profile, asked, progress)
+    calibration = None if asked is None else _calibration(student, profile, asked)
+    quantised = _quantised(student, profile, asked, calibration, progress)
     if quantised is not None:
         student, twin = quantised.student, student
     capacity = _capacity(student, profile, context)
     programs = {}
-    for program in capture_student(student, capacity):
+    steps = None
+    if asked is not None and profile.quantise.kv_cache is not None:
+        progress("fit the int8 cache", 0)
+        steps = cache_steps(student, calibration)
+    for program in capture_student(student, capacity, steps):
         progress(f"capture {program.entry}", 0)
         programs[program.entry] = program
     entries = {name: plan_entries(profile, program, backends) for name, program in programs.items()}
@@ -101,7 +107,17 @@ def plan(
     return Planned(student, twin, profile, programs, entries, capacity, prediction, quantised)
 
 
-def _quantised(student: Student, profile: Profile, asked: Asked | None, progress: Progress) -> Quantised | None:
+def _calibration(student: Student, profile: Profile, asked: Asked) -> Calibration | None:
+    """Data for what the profile has quantised, if it has; None where there are none."""
+    settings = profile.quantise
+    if settings.kv_cache is None and (settings.method is None or student.quantized or not asked.fit):
+        return None
+    return load_calibration(student, asked.calibration)
+
+
+def _quantised(
+    student: Student, profile: Profile, asked: Asked | None, calibration: Calibration | None, progress: Progress
+) -> Quantised | None:
     """The student as the profile wants it quantised; None for one that stays as it came."""
     settings = profile.quantise
     if asked is None or settings.method is None or (student.quantized and not asked.insist):
@@ -109,7 +125,6 @@ def _quantised(student: Student, profile: Profile, asked: Asked | None, progress
     if not asked.fit:
         settings = replace(settings, method="round-to-nearest", mean_kl=None)
         return quantise(student, settings, None, asked.scratch, progress)
-    calibration = load_calibration(student, asked.calibration)
     return quantise(student, settings, calibration, asked.scratch, progress)
 
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from runtimes.bundle import Artifact, Bundle
 
 EXPORT, LOSS, INHERITANCE = "export", "quantisation-loss", "inheritance"
+#: The export gate of an artifact that is exact but for its int8 KV cache, against the student with a float one.
+INT8_CACHE = f"{EXPORT}-int8-cache"
 #: forms whose float weights the build quantised itself, when asked to; each has the gate of its name
 REQUANTISED = ("int8", "palettised")
 #: what a runtime calls a half precision -> the gate's name for it
@@ -36,6 +38,7 @@ _TAIL = "hand-set: one position in a thousand may carry 100 times the mean limit
 _TIE = "hand-set: a code whose two nearest entries are equally far may flip in float32"
 _FAST = "hand-set: activations may cost what int4 weights may"
 _HALF = "hand-set: ten times the starting limit of the exact mode, where the bundle has no noise floor"
+_CACHE = "hand-set: an int8 cache may cost what int8 weights may"
 _EIGHT = "hand-set: what 8-bit weights may move a picture or a sound by, on top of the loss against the original"
 _VIEW = "hand-set: the fp16 decoder limit of 40 dB, in the terms of the medium"
 
@@ -47,6 +50,7 @@ _EXPORT_QUANTISED = {
 }
 _EXPORT_FAST = {"mean_kl": Limit(0.05, _FAST), "p999_kl": Limit(5.0, _TAIL), "same_top": Limit(0.91, _FAST)}
 _EXPORT_HALF = {"mean_kl": Limit(1e-3, _HALF), "p999_kl": Limit(0.1, _TAIL), "same_top": Limit(0.98, _HALF)}
+_EXPORT_CACHE = {"mean_kl": Limit(0.005, _CACHE), "p999_kl": Limit(0.5, _TAIL), "same_top": Limit(0.97, _CACHE)}
 _SIGNAL_VIEW = {"psnr": Limit(40.0, _VIEW), "ssim": Limit(0.99, _VIEW), "si_snr": Limit(40.0, _VIEW)}
 _SIGNAL_FLOAT = {"relative_max_error": Limit(1e-4, _START), **_SIGNAL_VIEW}
 _SIGNAL_HALF = {"snr": Limit(40.0, _START), **_SIGNAL_VIEW}
@@ -84,7 +88,7 @@ def export_gate(artifact: Artifact, effective: Mapping[str, str] | None = None) 
     if artifact.form in REQUANTISED:
         return f"{EXPORT}-{artifact.form}"
     if artifact.mode == "exact":
-        return EXPORT
+        return INT8_CACHE if any(state.dtype == "int8" for state in artifact.states) else EXPORT
     half = _HALVES.get((effective or {}).get("precision", ""), artifact.mode)
     return f"{EXPORT}-{half if artifact.mode == 'fast' else artifact.mode}"
 
@@ -96,6 +100,7 @@ def export_limits(bundle: Bundle, artifact: Artifact, gate: str) -> dict[str, Li
         plain = _EXPORT_FLOAT if in_full and weight_class(artifact) == "float32" else _EXPORT_QUANTISED
         defaults = {"exact": plain, "fp16": _EXPORT_HALF, "fast": _EXPORT_FAST}[artifact.mode]
         defaults = _EXPORT_FAST if artifact.form in REQUANTISED else defaults
+        defaults = _EXPORT_CACHE if gate == INT8_CACHE else defaults
     elif artifact.component.endswith("_encoder"):
         defaults = _CODES
     else:

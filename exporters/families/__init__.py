@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 from exporters.families.audio_codec import capture_audio
-from exporters.families.decoder_lm import capture_lm
+from exporters.families.decoder_lm import CacheSteps, capture_lm
 from exporters.families.image_vq import capture_image
 from exporters.program import Program
 from exporters.student import Modality, Student
@@ -29,13 +29,14 @@ DISCRETIZERS: Mapping[str, Callable[..., tuple[Program, ...]]] = {
 }
 
 
-def capture_student(student: Student, capacity: int) -> Iterator[Program]:
+def capture_student(student: Student, capacity: int, steps: CacheSteps | None = None) -> Iterator[Program]:
     """Captures every entry point of the student, one at a time: ``lm`` first, then the discretizers'.
 
     Args:
         capacity: positions of the KV cache.
+        steps: of an int8 one.
     """
-    yield capture_lm(student, capacity)
+    yield capture_lm(student, capacity, steps)
     for name, modality in student.modalities.items():
         if modality.discretizer is not None:
             model = student.discretizer(name)

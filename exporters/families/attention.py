@@ -7,7 +7,7 @@ eager attention obeys, so windows are read from it and not from a config's field
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -136,8 +136,9 @@ class LayerReader(_Cache):
 class StateCache(_Cache):
     """Hands key and value through unchanged: attention itself reads the past and writes the present."""
 
-    def __init__(self, layers: tuple[Layer, ...], past: list[Tensor], last: Tensor):
+    def __init__(self, layers: tuple[Layer, ...], past: list[Tensor], last: Tensor, scales: Sequence[Tensor] = ()):
         self.layers_read, self.past, self.present, self.last = layers, past, list(past), last
+        self.scales = scales
 
     def attend(self, module, query, key, value, mask, scale, softcap) -> Tensor:
         heads, kv_heads = query.shape[1], key.shape[1]
@@ -155,8 +156,21 @@ class StateCache(_Cache):
             scale,
             self.layers_read[module.layer_idx].window,
             softcap,
+            *self.scales[at : at + 2],
         )
         return out.reshape(*out.shape[:2], heads, query.shape[-1])
+
+
+class RangeReader(_Cache):
+    """Notes how far the keys (with RoPE) and values of every layer reach: [kv_heads, D] of the largest magnitudes."""
+
+    def __init__(self, kept: Tensor):
+        self._kept, self.keys, self.values = kept, {}, {}
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        for held, rows in ((self.keys, key), (self.values, value)):
+            held[layer_idx] = rows.transpose(1, 2)[self._kept].abs().amax(0)
+        return key, value
 
 
 def read_layers(model: nn.Module, capacity: int, fake: FakeTensorMode) -> tuple[Layer, ...]:

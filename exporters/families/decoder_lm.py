@@ -7,8 +7,10 @@ whole leaf modules. Each swap is proven against the module it replaces, on rando
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -21,18 +23,26 @@ from exporters.families.attention import ATTENTION, Layer, StateCache, read_laye
 from exporters.families.matrices import Matrices
 from exporters.families.swaps import Swap
 from exporters.families.unsupported import SUPPORTED, UnsupportedModule
-from exporters.program import Program, capture
+from exporters.program import Constant, Program, capture
 from runtimes.bundle import StateSpec, TensorSpec
 
 if TYPE_CHECKING:
     from exporters.student import Student
 
 
+#: Name of a state -> its step for each channel, float32 [kv_heads, 1, D], in the order of the states.
+CacheSteps = Mapping[str, np.ndarray]
+
+
 class LanguageModel(nn.Module):
     """``forward(ids [1, S], last [1], *past) -> (logits [1, V] of the newest token, *present)``."""
 
-    def __init__(self, model: PreTrainedModel, layers: tuple[Layer, ...]):
+    def __init__(self, model: PreTrainedModel, layers: tuple[Layer, ...], steps: CacheSteps | None = None):
         super().__init__()
+        names = [] if steps is None else list(steps)
+        for name in names:
+            self.register_buffer(name, torch.empty(steps[name].shape))
+        self._steps = names
         # The same attribute names as in transformers' class, so that the graph's names are the checkpoint's.
         for name, child in model.named_children():
             setattr(self, name, child)
@@ -40,7 +50,7 @@ class LanguageModel(nn.Module):
         self._causal, self._layers = modules.Shared(model), layers
 
     def forward(self, ids: Tensor, last: Tensor, *past: Tensor):
-        cache = StateCache(self._layers, list(past), last)
+        cache = StateCache(self._layers, list(past), last, [self.get_buffer(name) for name in self._steps])
         positions = last - (ids.shape[1] - 1) + torch.arange(ids.shape[1], dtype=torch.int32, device=ids.device)
         logits = run(self._causal(), ids, positions[None], cache)
         return logits[:, -1], *cache.present
@@ -58,8 +68,11 @@ def build_reference(student: Student, dtype: torch.dtype = torch.float32) -> Pre
     return model.eval()
 
 
-def capture_lm(student: Student, capacity: int) -> Program:
+def capture_lm(student: Student, capacity: int, steps: CacheSteps | None = None) -> Program:
     """Captures the student's language model with a KV cache of ``capacity`` positions.
+
+    Args:
+        steps: of an int8 cache (exporters/kv_cache.py), keys and values of every layer in turn; None keeps float32.
 
     Raises:
         UnsupportedModule: a module that the capture does not understand, by name.
@@ -73,7 +86,7 @@ def capture_lm(student: Student, capacity: int) -> Program:
     states = tuple(
         StateSpec(
             f"{kind}_{i}",
-            "float32",
+            "float32" if steps is None else "int8",
             (1, layer.kv_heads, capacity, layer.width),
             f"past_{kind}_{i}",
             f"present_{kind}_{i}",
@@ -85,17 +98,18 @@ def capture_lm(student: Student, capacity: int) -> Program:
         examples = (
             torch.zeros(1, 3, dtype=torch.int32),
             torch.zeros(1, dtype=torch.int32),
-            *(torch.zeros(state.shape) for state in states),
+            *(torch.zeros(state.shape, dtype=getattr(torch, state.dtype)) for state in states),
         )
+        whole = LanguageModel(model, layers, steps)
     program = capture(
         "lm",
-        LanguageModel(model, layers),
+        whole,
         examples,
         {"ids": {1: "S"}},
         outputs=(TensorSpec("logits", "float32", (1, config.vocab_size)),),
         names=("ids", "last", *(s.input for s in states)),
         states=states,
-        constants=matrices.constants,
+        constants=matrices.constants | {name: Constant.of(values) for name, values in (steps or {}).items()},
         inherited=matrices.inherited,
     )
     _check_loaded(program)

@@ -58,7 +58,21 @@ _ROTATED_WIDTH = 16
 
 
 def _lower_group_query_attention(
-    query, key, value, past_key, past_value, last, cos, sin, heads, kv_heads, scale, window, softcap
+    query,
+    key,
+    value,
+    past_key,
+    past_value,
+    last,
+    cos,
+    sin,
+    heads,
+    kv_heads,
+    scale,
+    window,
+    softcap,
+    key_scale=None,
+    value_scale=None,
 ):
     batch, steps = query.shape[:2]
     if cos is not None and past_key.shape[3] % _ROTATED_WIDTH:
@@ -70,19 +84,38 @@ def _lower_group_query_attention(
         attributes["local_window_size"] = window
     if softcap > 0:
         attributes["softcap"] = softcap
-    total = (last + 1).squeeze(0)
+    inputs = [query, key, value, past_key, past_value, last, (last + 1).squeeze(0), cos, sin]
+    if key_scale is not None:
+        attributes |= dict(k_quant_type="PER_CHANNEL", v_quant_type="PER_CHANNEL", kv_cache_bit_width=8)
+        inputs += [None, None, None, key_scale, value_scale]
     out, new_key, new_value = onnx_ops.symbolic_multi_out(
         "com.microsoft::GroupQueryAttention",
-        [query, key, value, past_key, past_value, last, total, cos, sin],
+        inputs,
         attributes,
-        dtypes=[query.dtype] * 3,
+        dtypes=[query.dtype, past_key.dtype, past_value.dtype],
         shapes=[(batch, steps, heads * past_key.shape[3]), past_key.shape, past_value.shape],
         version=1,
     )
     return out, new_key, new_value
 
 
-def _lower_standard(query, key, value, past_key, past_value, last, cos, sin, heads, kv_heads, scale, window, softcap):
+def _lower_standard(
+    query,
+    key,
+    value,
+    past_key,
+    past_value,
+    last,
+    cos,
+    sin,
+    heads,
+    kv_heads,
+    scale,
+    window,
+    softcap,
+    key_scale=None,
+    value_scale=None,
+):
     """RotaryEmbedding-23, TensorScatter-24 for the cache write and Attention-24 with a boolean mask."""
     query, key, value = split_packed(query, key, value, heads, kv_heads)
     batch, steps = query.shape[:2]
@@ -92,8 +125,9 @@ def _lower_standard(query, key, value, past_key, past_value, last, cos, sin, hea
         query, key = rotary_embedding(query, key, cos, sin, positions, heads, kv_heads)
     start = (last - (steps - 1)).long()
     caches = []
-    for cache, new in ((past_key, key), (past_value, value)):
+    for cache, new, step in ((past_key, key, key_scale), (past_value, value, value_scale)):
         rows = new.reshape(batch, steps, kv_heads, width).transpose(1, 2)
+        rows = rows if step is None else to_int8(rows, step)
         caches.append(
             onnx_ops.symbolic(
                 "::TensorScatter",
@@ -109,15 +143,21 @@ def _lower_standard(query, key, value, past_key, past_value, last, cos, sin, hea
     if softcap > 0:
         attributes["softcap"] = softcap
     rows = query.reshape(batch, steps, heads, width).transpose(1, 2)
+    read = caches if key_scale is None else [caches[0].float() * key_scale, caches[1].float() * value_scale]
     out = onnx_ops.symbolic(
         "::Attention",
-        [rows, *caches, mask],
+        [rows, *read, mask],
         attributes,
         dtype=query.dtype,
         shape=(batch, heads, steps, width),
         version=24,
     )
     return out.transpose(1, 2).reshape(batch, steps, heads * width), *caches
+
+
+def to_int8(rows: Tensor, step: Tensor) -> Tensor:
+    """Codes of an int8 cache: rows [B, KV, S, D] by steps [KV, 1, D], rounded half to even and clamped."""
+    return torch.round(rows / step).clamp(-128, 127).to(torch.int8)
 
 
 def visible(positions: Tensor, capacity: int, window: int) -> Tensor:
@@ -154,6 +194,8 @@ def kv_attention(
     scale: float,
     window: int,
     softcap: float,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Writes S new keys and values into the cache and attends over all that is written.
 
@@ -165,6 +207,8 @@ def kv_attention(
         cos, sin: RoPE tables [C, D/2] applied to query and key here, or None where it is done before.
         window: how many newest positions a query sees (sliding window), 0 for all.
         softcap: scores become ``softcap * tanh(scores / softcap)``, 0 for none.
+        key_scale, value_scale: of an int8 cache, float [kv_heads, 1, D]: one step for each channel (GroupQueryAttention
+            of ONNX Runtime has it so); None where the cache holds the values themselves.
 
     Returns:
         (output [B, S, heads*D], present key, present value), the last two shaped like the past.
@@ -180,13 +224,17 @@ def kv_attention(
         query, key = (rotate(t, cos[positions.long()], sin[positions.long()]) for t in (query, key))
     slots = positions.long()[:, None, :, None]
     index = slots.expand(batch, kv_heads, steps, width)
-    keys = past_key.scatter(2, index, key.transpose(1, 2))
-    values = past_value.scatter(2, index, value.transpose(1, 2))
+    rows = key.transpose(1, 2), value.transpose(1, 2)
+    if key_scale is not None:
+        rows = to_int8(rows[0], key_scale), to_int8(rows[1], value_scale)
+    keys, values = past_key.scatter(2, index, rows[0]), past_value.scatter(2, index, rows[1])
     mask = visible(positions, capacity, window)
     # Slots never written may hold NaN, and 0 * NaN is NaN: clear what no query can see.
     seen = mask.any(2).unsqueeze(-1)
-    k = torch.where(seen, keys, 0).repeat_interleave(heads // kv_heads, 1)
-    v = torch.where(seen, values, 0).repeat_interleave(heads // kv_heads, 1)
+    read = keys, values
+    if key_scale is not None:
+        read = keys.to(query.dtype) * key_scale, values.to(query.dtype) * value_scale
+    k, v = (torch.where(seen, held, 0).repeat_interleave(heads // kv_heads, 1) for held in read)
     scores = query.transpose(1, 2) @ k.transpose(2, 3) * scale
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)

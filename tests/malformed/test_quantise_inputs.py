@@ -49,6 +49,16 @@ def test_no_calibration_data(refused, make_tiny_student, tmp_path):
     assert "budget is measured on data" in refused("--quantise", "int4", "--mean-kl", "0.1", package=package)
 
 
+def test_an_int8_cache_without_data(refused, tiny_student, tmp_path):
+    package = text_only(tiny_student, tmp_path / "plain")
+    assert "int8 KV cache is fitted to data, and there is none" in refused("--kv-cache", "int8", package=package)
+
+
+def test_an_int8_cache_that_no_backend_has(refused, tiny_student):
+    message = refused("--kv-cache", "int8", "--backends", "openvino", package=tiny_student)
+    assert "openvino/ir/exact: an int8 KV cache (quantise.kv_cache) is ONNX Runtime's alone" in message
+
+
 def test_text_without_a_tokenizer(refused, make_tiny_student, tmp_path):
     package = text_only(make_tiny_student(variant="float"), tmp_path / "plain", tokenizer=False)
     data = tmp_path / "data"
@@ -141,6 +151,8 @@ def test_an_unknown_method(capsys):
         ('methods = "gptq"', "quantise.methods", "unknown key"),
         ('method = "smoothquant"\nbits = 8\nactivations = "int2"', "quantise.activations", "'int2' is not known"),
         ('method = "gptq"\nbits = 4\nactivations = "int8"', "quantise.activations", "gptq leaves them float"),
+        ('kv_cache = "int2"', "quantise.kv_cache", "'int2' is not known"),
+        ("kv_cache_kl = -1", "quantise.kv_cache_kl", "outside 0 to 10"),
         ('activations = "int8"', "quantise.method", "is missing"),
     ],
 )

@@ -1,0 +1,46 @@
+"""The steps of an int8 KV cache: one for each channel of each layer's keys and values, from what calibration reaches.
+
+Symmetric, as com.microsoft.GroupQueryAttention takes them (k_quant_type PER_CHANNEL); the keys are those with RoPE.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from exporters.families.attention import RangeReader
+from exporters.families.decoder_lm import build_reference
+from exporters.quantise.calibration import WAY_OUT, Calibration, CalibrationError, batch
+
+if TYPE_CHECKING:
+    from exporters.student import Student
+
+#: What the codes' range leaves above the largest value that calibration saw; beyond it values are clipped.
+MARGIN = 1.25
+#: The smallest magnitude of a channel that counts, so that a step is never zero.
+_FLOOR = 1e-6
+
+
+def cache_steps(student: Student, calibration: Calibration | None) -> Mapping[str, np.ndarray]:
+    """Name of a state -> its steps float32 [kv_heads, 1, D], keys and values of every layer in turn.
+
+    Raises:
+        CalibrationError: there is no calibration data.
+    """
+    if calibration is None:
+        raise CalibrationError(
+            "an int8 KV cache is fitted to data, and there is none", where=str(student.folder), way_out=WAY_OUT
+        )
+    ids, kept = batch(calibration.rows)
+    reader = RangeReader(kept)
+    with torch.no_grad():
+        build_reference(student).base_model(input_ids=ids, past_key_values=reader, use_cache=True)
+    steps = {}
+    for layer in sorted(reader.keys):
+        for kind, held in (("key", reader.keys), ("value", reader.values)):
+            largest = held[layer].clamp(min=_FLOOR)[:, None]
+            steps[f"{kind}_{layer}"] = (largest * MARGIN / 127).numpy()
+    return steps
