@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from exporters.contents import TIE_FACTOR
+from exporters.contents import ROUNDED, TIE_FACTOR
 from exporters.families.decoder_lm import build_reference
 from exporters.families.references import REFERENCES
 from exporters.noise import DTYPES, Floor, logit_noise, signal_noise
@@ -49,14 +49,19 @@ def write_lm(
     ids, prompts = lm_samples(student, capacity)
     model = build_reference(student)
     tensors = {"ids": ids, "prompt": prompts, "logits": _forced(model, ids, prompts)}
-    precise = _forced(model.double(), ids[:1], prompts[:1])
-    noise = np.abs(tensors["logits"][:1] - precise).max() / np.abs(precise).max()
+    # Inputs that are rounded fall to either side of a tie, which float64 must show on every sample.
+    counted = len(ids) if student.activations else 1
+    precise = _forced(model.double(), ids[:counted], prompts[:counted])
+    noise = np.abs(tensors["logits"][:1] - precise[:1]).max() / np.abs(precise[:1]).max()
     del model
     if floating is not None:
         tensors["float_logits"] = _forced(build_reference(floating), ids, prompts)
     _save(tensors, path)
     tie = TIE_FACTOR * noise * np.abs(tensors["logits"]).max()
     floors = []
+    if student.activations:
+        found = logit_noise(precise, tensors["logits"], tie)
+        floors.append(Floor("lm", ROUNDED, found, precise.shape[0] * precise.shape[1]))
     for precision in precisions:
         moved = _forced(build_reference(student, DTYPES[precision]), ids, prompts)
         positions = moved.shape[0] * moved.shape[1]

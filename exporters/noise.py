@@ -24,7 +24,7 @@ class Floor:
     """One component's reference in one dtype against itself in float32.
 
     Attributes:
-        precision: a key of DTYPES.
+        precision: a key of DTYPES, or exporters.contents.ROUNDED.
         metrics: metric -> value, the worst over all golden cases.
         positions: of logits that they were measured on; 0 for signals.
     """

@@ -49,7 +49,10 @@ class Call(torch.nn.Module):
     def __init__(self, case: Case, inputs: tuple[str, ...]) -> None:
         super().__init__()
         self.op, self.inputs, self.fixed = ops.REGISTRY[case.op], inputs, dict(case.fixed)
-        self.order = tuple(inspect.signature(self.op.reference).parameters)
+        # What has a default and no place in the case is left out, as a capture leaves it out.
+        parameters = inspect.signature(self.op.reference).parameters
+        given = {*case.fixed, *inputs}
+        self.order = tuple(name for name, each in parameters.items() if each.default is each.empty or name in given)
         for name, value in case.fixed.items():
             if isinstance(value, np.ndarray):
                 self.register_buffer(name, torch.from_numpy(self.fixed.pop(name)))

@@ -83,3 +83,22 @@ def test_a_plan_alone_needs_no_calibration(make_tiny_student, tmp_path, capsys):
     options = ["--quantise", "int4-gptq", "--backends", "onnx", "--dry-run"]
     assert main(["--profile", "host", "--package", str(package), *options]) == 0
     assert "onnx/fused/fast" in capsys.readouterr().out  # which float weights do not have
+
+
+def test_rounded_inputs_are_gated_by_what_float64_shows_of_them(make_tiny_student, tmp_path):
+    """A value near a tie falls to either side by the order of a sum, so the exact mode's limit follows from that."""
+    package = make_tiny_student(variant="float")
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "rows.safetensors").write_bytes((package / "samples" / "lm.safetensors").read_bytes())
+    settings = Quantise(method="smoothquant", bits=8, activations="int8")
+    plain = text_only(package, tmp_path / "student")
+    request = Request(
+        one_form(quantise=settings), plain, None, tmp_path / "out", context=96, bench=False, calibration=data
+    )
+    bundle, report, _ = build(request)
+    assert bundle.quantisation["name"] == "w8a8-smoothquant"
+    [row] = [r for r in report.results if (r.gate, r.metric) == ("export", "mean_kl")]
+    assert row.status == "passed"
+    assert row.limit >= request.profile.kl
+    assert row.limit == request.profile.kl or "rounded inputs, float32 against float64" in row.limit_source
