@@ -103,6 +103,16 @@ def quality_table(quality: Mapping[str, Any]) -> str:
     return _markdown(lines)
 
 
+def quantise_table(measured: Mapping[str, Any]) -> str:
+    """What each way of quantising costs, and how large the matrices then are."""
+    lines = [("`--quantise`", "budget", "mean KL against float", "kB", "matrices stored as")]
+    for row in measured["rows"]:
+        stored = ", ".join(f"{count} x {form}" for form, count in row["stored"].items())
+        budget = "" if row["budget"] is None else f"{row['budget']:g}"
+        lines.append((f"`{row['recipe']}`", budget, f"{row['mean_kl']:.2g}", f"{row['bytes'] / 1e3:,.0f}", stored))
+    return f"{_markdown(lines)}\n\n{measured['student']}, {measured['date']}: `{measured['command']}`"
+
+
 def _markdown(lines: list[tuple[str, ...]]) -> str:
     rows = [lines[0], ("---",) * len(lines[0]), *lines[1:]]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
@@ -143,6 +153,8 @@ def recorded_tables() -> dict[str, str]:
         tables["speed"] = speed_table(json.loads((MEASUREMENTS / "peers.json").read_text()))
     if (MEASUREMENTS / "backends.json").is_file():
         tables["backends"] = backends_table(json.loads((MEASUREMENTS / "backends.json").read_text()))
+    if (MEASUREMENTS / "quantise.json").is_file():
+        tables["quantise"] = quantise_table(json.loads((MEASUREMENTS / "quantise.json").read_text()))
     if (quality := DATA / "shared" / "quality.json").is_file():
         tables["quality"] = quality_table(json.loads(quality.read_text()))
     return tables
