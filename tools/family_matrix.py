@@ -67,6 +67,8 @@ SMALL: dict[str, Any] = dict(
     sliding_window=7,
     rotary_dim=8,
 )
+#: What a family takes no smaller.
+OWN: dict[str, dict[str, Any]] = {"phi": dict(hidden_size=64)}
 #: And those of multi-head latent attention.
 LATENT = dict(
     kv_lora_rank=16, q_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, n_group=1, topk_group=1
@@ -96,7 +98,7 @@ def tiny_config(model_type: str, options: dict[str, Any] | None = None):
     default = kind()
     small = SMALL | (LATENT if hasattr(default, "kv_lora_rank") else {"head_dim": 16})
     settable = {key for key in small if not isinstance(getattr(kind, key, None), property)}
-    values = {key: small[key] for key in settable if hasattr(default, key)}
+    values = {key: small[key] for key in settable if hasattr(default, key)} | OWN.get(model_type, {})
     return kind(**(values | (options or {})))
 
 
