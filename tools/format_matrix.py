@@ -53,8 +53,10 @@ class Column:
     rewritings: Mapping[str, Callable[[QuantizedTensor], bool]] = field(default_factory=dict)
 
 
+#: What stands in the place of codes of a table, by exporters/passes/spell_tables.py and exporters/ops/tvm_tables.py
+_REWRITTEN = {"integer": "twice the values as int8 with half the scales", "float32": "float32 weights"}
 #: exporters/passes/split_bytes.py and spell_products.py
-_PLANES = {"two 4-bit planes": lambda tensor: tensor.bits > 4}
+_PLANES = {"two 4-bit planes": lambda tensor: tensor.encoding == "integer" and tensor.bits > 4}
 _CORRECTION = {"zero points by correction": lambda tensor: tensor.zero_points is not None}
 
 #: title -> what is made
@@ -157,7 +159,10 @@ def _words(case: Checkpoint, column: Column, stored: Mapping[str, StoredMatrix])
     """ "exact", or what was arranged otherwise."""
     program, found = case.program, []
     tensors = {prefix: case.student.quantized[each.sources[0]] for prefix, each in program.inherited.items()}
-    wider = {(t.bits, stored[prefix].bits) for prefix, t in tensors.items() if stored[prefix].bits != t.bits}
+    other = {stored[p].encoding for p, t in tensors.items() if stored[p].encoding != t.encoding}
+    found += [_REWRITTEN[encoding] for encoding in sorted(other)]
+    same = {prefix: t for prefix, t in tensors.items() if stored[prefix].encoding == t.encoding}
+    wider = {(t.bits, stored[prefix].bits) for prefix, t in same.items() if stored[prefix].bits != t.bits}
     found += [f"{bits} bits in fields of {field}" for bits, field in sorted(wider)]
     if any(matrix.order is not None for matrix in stored.values()):
         found.append("gather")

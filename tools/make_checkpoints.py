@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from tools import float_checkpoints
+
 Tensors = dict[str, torch.Tensor]
 Config = dict[str, Any]
 GROUP = 32
@@ -258,6 +260,10 @@ def _qat(name: str, bits: int, symmetric: bool, group: int = GROUP) -> Case:
     return Case(name, config, _of(lambda grid: qat(grid, symmetric), bits, group, symmetric))
 
 
+def _float(name: str, form: str, weights: Config, make: Callable[..., tuple[Tensors, np.ndarray]]) -> Case:
+    return Case(name, _compressed_config(form, weights), make)
+
+
 def _bitsandbytes(random: np.random.Generator, shape: tuple[int, int]) -> tuple[Tensors, np.ndarray]:
     return bitsandbytes(random_grid(random, shape, 8, -1, True))
 
@@ -265,6 +271,13 @@ def _bitsandbytes(random: np.random.Generator, shape: tuple[int, int]) -> tuple[
 _ORDERED = _compressed_config("pack-quantized", {**_compressed_weights(4, GROUP, False), "actorder": "group"})
 _BITSANDBYTES = {"quant_method": "bitsandbytes", "load_in_8bit": True}
 _AWQ = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm", "zero_point": True}
+
+_NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+_FLOAT = {"type": "float", "symmetric": True, "dynamic": False}
+FP8_CHANNEL = {**_FLOAT, "num_bits": 8, "strategy": "channel"}
+FP8_BLOCKS = {**_FLOAT, "num_bits": 8, "strategy": "block", "block_structure": [float_checkpoints.BLOCK] * 2}
+NVFP4 = {**_FLOAT, "num_bits": 4, "strategy": "tensor_group", "group_size": 16, "scale_dtype": "torch.float8_e4m3fn"}
+MXFP4 = {**_FLOAT, "num_bits": 4, "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"}
 
 _PACK, _INT = ("pack-quantized", "int-quantized")
 
@@ -296,6 +309,13 @@ CASES: Mapping[str, Case] = {
     "torchao-int4": _torchao("torchao intx, 4 bits, zero points", 4, False),
     "torchao-int3": _torchao("torchao intx, 3 bits", 3, True),
     "bitsandbytes-int8": Case("bitsandbytes int8", _BITSANDBYTES, _bitsandbytes),
+    "fp8-channel": _float(
+        "float-quantized, fp8 per channel", "float-quantized", FP8_CHANNEL, float_checkpoints.fp8_channel
+    ),
+    "fp8-blocks": _float("float-quantized, fp8 in blocks", "float-quantized", FP8_BLOCKS, float_checkpoints.fp8_blocks),
+    "nvfp4": _float("nvfp4-pack-quantized", "nvfp4-pack-quantized", NVFP4, float_checkpoints.nvfp4),
+    "mxfp4": _float("mxfp4-pack-quantized", "mxfp4-pack-quantized", MXFP4, float_checkpoints.mxfp4),
+    "bitsandbytes-nf4": Case("bitsandbytes nf4", _NF4, float_checkpoints.nf4),
     "qat-4bit": _qat("edge-qat, 4 bits, zero points", 4, False),
     "qat-8bit-channel": _qat("edge-qat, 8 bits per channel", 8, True, -1),
 }
