@@ -61,6 +61,8 @@ EXTRAS = {
     # Libraries of checkpoint formats, for tools/library_weights.py alone.
     "formats": ["bitsandbytes", "torchao"],
     "loadgen": ["mlcommons_loadgen"],
+    # What our sizes and speeds are measured against (tools/bench_genai.py).
+    "peers": ["onnxruntime-genai"],
     "sign": ["cryptography"],
     "dev": ["cryptography", "hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "scipy"],
 }

@@ -62,6 +62,8 @@ _MACOS_FLAGS = {
 # The best extension for int8 dot products first.
 _INT8_ORDER = ("amx_int8", "avx512_vnni", "avx_vnni_int8", "avx_vnni", "i8mm", "dotprod", "avx2", "neon")
 _MEMORY = Path("/sys/devices/system/memory")
+#: Budget of a process where the memory cannot be found out; half of the memory where it can.
+DEFAULT_RSS = 1 << 30
 
 
 def detect() -> tuple[dict[str, Any], dict[str, str]]:
@@ -84,6 +86,7 @@ def detect() -> tuple[dict[str, Any], dict[str, str]]:
         "int8_isa": next((flag for flag in _INT8_ORDER if flag in (isa or ())), None),
         "memory_bytes": nominal,
         "memory_visible_bytes": visible,
+        "rss_bytes": DEFAULT_RSS if visible is None else visible // 2,
         "os": system,
         "stack": f"{platform.system()} {platform.release()}",
         "onnxruntime_version": _installed("onnxruntime"),

@@ -15,7 +15,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from exporters import console
 from exporters.contents import build_key
 from exporters.errors import ExportError
 from exporters.package import validate
+from exporters.progress import Progress, begin, folder_bytes
 from exporters.reference import VARIANTS, assemble
 from exporters.safe_files import hash_file
 from runtimes.bench import BUDGET, USUAL, bench, check_budgets
@@ -41,8 +42,6 @@ if TYPE_CHECKING:
 DEFAULT_OUTPUT = Path("bundles")
 #: Where a build keeps the matrices that it quantises, in the bundle's folder while that is made.
 SCRATCH = ".quantised"
-
-Progress = Callable[[str, int], None]
 
 
 def quiet(stage: str, size: int) -> None:
@@ -101,8 +100,9 @@ def build(request: Request, progress: Progress = quiet) -> tuple[Bundle, Report,
         ExportError, ProfileError, Fault: what is wrong with the input, the device or the disk.
         GateFailed: a gate failed and nothing was published.
     """
-    progress("check packages", 0)
-    key = _key(request)
+    packages = [folder for folder in (request.package, request.floating) if folder is not None]
+    checked = begin(progress, "check packages", sum(map(folder_bytes, packages)))
+    key = _key(request, [validate(folder, checked).sha256 for folder in packages])
     if (reused := _reusable(request, key)) is not None:
         return reused, read_report(reused.folder), True
     from exporters import stages  # torch and transformers load here: a reused build does without them
@@ -151,8 +151,7 @@ def _measure(bundle: Bundle, request: Request, progress: Progress) -> Report:
     return report.merged(results=check_budgets(bundle, rows), latency=rows, environment=environment)
 
 
-def _key(request: Request) -> str:
-    packages = [validate(folder).sha256 for folder in (request.package, request.floating) if folder is not None]
+def _key(request: Request, packages: list[str]) -> str:
     options = {
         "backends": request.backends,
         "context": request.context,

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from exporters.errors import PackageError, WeightsError
+from exporters.progress import Bytes, ignore
 from exporters.safe_files import check_relative
 from exporters.safetensors_header import FLOATS, TensorInfo, read_header
 from exporters.strict_json import read_json
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _CHUNK = 1 << 22  # elements per step of a streaming check
+# Bytes read through one mapping; then it is renewed, so that the pages of what was read leave the resident memory.
+_RENEWED = 1 << 28
 
 
 class Checkpoint:
@@ -28,6 +31,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path, shards: Iterable[str]) -> None:
         self._files: dict[Path, Any] = {}
+        self._read = 0
         tensors: dict[str, TensorInfo] = {}
         for shard in sorted(set(shards)):
             for name, info in read_header(folder / shard).items():
@@ -45,6 +49,10 @@ class Checkpoint:
         from safetensors import SafetensorError
 
         info = self.tensors[name]
+        self._read += info.nbytes
+        if self._read > _RENEWED:  # tensors that are still in use keep the old mapping
+            self._files.clear()
+            self._read = info.nbytes
         try:
             return self._open(info.file).get_tensor(name)
         except SafetensorError as error:
@@ -61,11 +69,12 @@ class Checkpoint:
             self._files[file] = safe_open(file, framework="pt")
         return self._files[file]
 
-    def check_finite(self, names: Iterable[str]) -> None:
+    def check_finite(self, names: Iterable[str], progress: Bytes = ignore) -> None:
         """Refuse NaN and infinities in float tensors, in one pass of bounded memory."""
         for name in names:
             if self.tensors[name].dtype in FLOATS:
                 check_finite(self.tensor(name), f"{self.tensors[name].file.name}: {name}")
+                progress(self.tensors[name].nbytes)
 
 
 def check_finite(tensor: torch.Tensor, where: str) -> None:

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 
 from device_profiles.schema import Profile
@@ -38,9 +46,29 @@ def size(count: float | None) -> str:
     return f"{count:.0f} B"
 
 
+class Bar:
+    """Shows a stage, the bytes that it has dealt with, of how many where that is known, their rate and the time."""
+
+    def __init__(self, display: Progress) -> None:
+        self._display, self._stage = display, ""
+        self._task = display.add_task("start", total=None)
+        self._totals: dict[str, int] = {}
+
+    def expect(self, stage: str, total: int) -> None:
+        """The bytes of a stage that is about to begin."""
+        self._totals[stage] = total
+
+    def __call__(self, stage: str, size: int) -> None:
+        if stage != self._stage:
+            self._stage = stage
+            self._display.remove_task(self._task)  # a task that has a total cannot go back to having none
+            self._task = self._display.add_task(escape(stage), total=self._totals.get(stage))
+        self._display.update(self._task, advance=size)
+
+
 @contextmanager
-def progress() -> Iterator[Callable[[str, int], None]]:
-    """A line that shows the stage, the bytes written and the time; the callback takes (stage, bytes).
+def progress() -> Iterator[Bar]:
+    """A bar on standard error, to be called with (stage, bytes).
 
     Where standard error is no terminal nothing is shown: rich would leave an empty line there.
     """
@@ -48,19 +76,13 @@ def progress() -> Iterator[Callable[[str, int], None]]:
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
-        TextColumn("{task.fields[written]}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("start", total=None, written="")
-        total = 0
-
-        def report(stage: str, written: int) -> None:
-            nonlocal total
-            total += written
-            bar.update(task, description=escape(stage), written=size(total) if total else "")
-
-        yield report
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as display:
+        yield Bar(display)
 
 
 def error(problem: Exception) -> None:

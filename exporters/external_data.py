@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 #: Weights begin on this boundary, so that a runtime can map them and vector loads are aligned.
 ALIGNMENT = 64
 #: Smaller tensors stay inside the model file.
 THRESHOLD = 256
+#: Key of a lazy tensor's `meta`: the object that its bytes come from unchanged. Two tensors of one source are equal, so
+#: the second is not even loaded.
+SOURCE = "source"
 
 
 class WeightFile:
@@ -26,6 +31,7 @@ class WeightFile:
         self.path = path
         self._progress = progress or (lambda size: None)
         self._offsets: dict[tuple[str, int], int] = {}
+        self._sources: dict[int, tuple[object, int]] = {}  # by identity, with the object so that it stays alive
 
     def __enter__(self) -> WeightFile:
         self._file = open(self.path, "xb")
@@ -40,12 +46,10 @@ class WeightFile:
             tensor = value.const_value
             if tensor is None or tensor.nbytes < THRESHOLD:
                 continue
-            data = tensor.tobytes()
-            offset = self._write(data)
             value.const_value = ir.ExternalTensor(
                 self.path.name,
-                offset,
-                len(data),
+                self._offset(tensor),
+                tensor.nbytes,
                 tensor.dtype,
                 shape=tensor.shape,
                 name=value.name,
@@ -53,7 +57,15 @@ class WeightFile:
             )
         self._file.flush()
 
-    def _write(self, data: bytes) -> int:
+    def _offset(self, tensor: ir.TensorProtocol) -> int:
+        source = tensor.meta.get(SOURCE)
+        if source is None:
+            return self._write(_stored(tensor))
+        if id(source) not in self._sources:
+            self._sources[id(source)] = source, self._write(_stored(tensor))
+        return self._sources[id(source)][1]
+
+    def _write(self, data: bytes | memoryview) -> int:
         key = (hashlib.sha256(data).hexdigest(), len(data))
         if key not in self._offsets:
             self._file.write(bytes(-self._file.tell() % ALIGNMENT))
@@ -61,3 +73,11 @@ class WeightFile:
             self._file.write(data)
             self._progress(len(data))
         return self._offsets[key]
+
+
+def _stored(tensor: ir.TensorProtocol) -> bytes | memoryview:
+    """The bytes that stand in the file: a view of the values, or a copy where they are packed or of the other order."""
+    if tensor.dtype.bitwidth < 8 or sys.byteorder == "big":
+        return tensor.tobytes()
+    values = np.ascontiguousarray(tensor.numpy())
+    return memoryview(values.reshape(-1).view(np.uint8))

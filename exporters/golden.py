@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from exporters.contents import ROUNDED, TIE_FACTOR
-from exporters.families.decoder_lm import build_reference
+from exporters.families.reference_lm import streamed_reference
 from exporters.families.references import REFERENCES
 from exporters.noise import DTYPES, Floor, logit_noise, signal_noise
 from exporters.program import Program
@@ -47,15 +47,13 @@ def write_lm(
         largest logit, and the floors.
     """
     ids, prompts = lm_samples(student, capacity)
-    model = build_reference(student)
-    tensors = {"ids": ids, "prompt": prompts, "logits": _forced(model, ids, prompts)}
+    tensors = {"ids": ids, "prompt": prompts, "logits": _forced(streamed_reference(student), ids, prompts)}
     # Inputs that are rounded fall to either side of a tie, which float64 must show on every sample.
     counted = len(ids) if student.activations else 1
-    precise = _forced(model.double(), ids[:counted], prompts[:counted])
+    precise = _forced(streamed_reference(student, torch.float64), ids[:counted], prompts[:counted])
     noise = np.abs(tensors["logits"][:1] - precise[:1]).max() / np.abs(precise[:1]).max()
-    del model
     if floating is not None:
-        tensors["float_logits"] = _forced(build_reference(floating), ids, prompts)
+        tensors["float_logits"] = _forced(streamed_reference(floating), ids, prompts)
     _save(tensors, path)
     tie = TIE_FACTOR * noise * np.abs(tensors["logits"]).max()
     floors = []
@@ -63,7 +61,7 @@ def write_lm(
         found = logit_noise(precise, tensors["logits"], tie)
         floors.append(Floor("lm", ROUNDED, found, precise.shape[0] * precise.shape[1]))
     for precision in precisions:
-        moved = _forced(build_reference(student, DTYPES[precision]), ids, prompts)
+        moved = _forced(streamed_reference(student, DTYPES[precision]), ids, prompts)
         positions = moved.shape[0] * moved.shape[1]
         floors.append(Floor("lm", precision, logit_noise(tensors["logits"], moved, tie), positions))
     return float(noise), floors
@@ -99,8 +97,9 @@ def _forced(model: PreTrainedModel, ids: np.ndarray, prompts: np.ndarray) -> np.
     """Logits [n, STEPS, V] of one full forward pass per sample, without a cache."""
     rows = []
     for row, prompt in zip(ids, prompts, strict=True):
-        logits = model(torch.from_numpy(row)[None].long(), use_cache=False).logits[0]
-        rows.append(logits[prompt - 1 : prompt - 1 + STEPS].float().numpy())
+        kept = torch.arange(prompt - 1, prompt - 1 + STEPS)
+        logits = model(torch.from_numpy(row)[None].long(), use_cache=False, logits_to_keep=kept).logits[0]
+        rows.append(logits.float().numpy())
     return np.stack(rows)
 
 

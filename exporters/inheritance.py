@@ -5,14 +5,16 @@ A backend gives what stands in its files, the comparison here is bit for bit and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from exporters.blocks import PARTS
 from exporters.encodings import INTEGER, values
 from exporters.program import Inherited, Program
+from exporters.progress import Bytes, ignore
 from exporters.quantized import QuantizedTensor
 
 #: The encoding of weights that stand in an artifact as float32.
@@ -51,6 +53,22 @@ class StoredMatrix:
         return (self.codes - points if table is None else table[self.codes]) * scales
 
 
+class LazyMatrices(Mapping[str, StoredMatrix]):
+    """Matrices by prefix, each read and unpacked when it is asked for; nothing is kept, so keep what is used twice."""
+
+    def __init__(self, readers: Mapping[str, Callable[[], StoredMatrix]]) -> None:
+        self._readers = readers
+
+    def __getitem__(self, prefix: str) -> StoredMatrix:
+        return self._readers[prefix]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._readers)
+
+    def __len__(self) -> int:
+        return len(self._readers)
+
+
 @dataclass(frozen=True)
 class Inheritance:
     """How many of the student's quantised tensors (codes, scales and zero points of each matrix) are identical."""
@@ -70,21 +88,35 @@ class Inheritance:
 
 
 def compare(
-    label: str, program: Program, stored: Mapping[str, StoredMatrix], student: Mapping[str, QuantizedTensor]
+    label: str,
+    program: Program,
+    stored: Mapping[str, StoredMatrix],
+    student: Mapping[str, QuantizedTensor],
+    progress: Bytes = ignore,
 ) -> Inheritance:
-    """Compares every inherited matrix of ``program`` with what stands in an artifact.
+    """Compares every inherited matrix of ``program`` with what stands in an artifact, one at a time.
 
     Args:
         label: the artifact, for messages.
         stored: prefix of the Program's constants -> what the artifact holds.
         student: the student's quantised tensors by module name.
+        progress: called with the bytes of each matrix; `size` is their sum.
     """
-    checks = [
-        check
-        for prefix, inherited in program.inherited.items()
-        for check in _matrix(f"{label}: {prefix}", inherited, stored.get(prefix), student)
-    ]
+    checks: list[tuple[str, bool]] = []
+    for prefix, inherited in program.inherited.items():
+        checks += _matrix(f"{label}: {prefix}", inherited, stored.get(prefix), student)
+        progress(_bytes(program, prefix))
     return Inheritance(sum(same for _, same in checks), len(checks), tuple(name for name, same in checks if not same))
+
+
+def size(program: Program) -> int:
+    """Bytes of all inherited matrices of a program, as it holds them."""
+    return sum(_bytes(program, prefix) for prefix in program.inherited)
+
+
+def _bytes(program: Program, prefix: str) -> int:
+    names = (f"{prefix}.{part}" for part in PARTS)
+    return sum(program.constants[name].nbytes for name in names if name in program.constants)
 
 
 def _matrix(

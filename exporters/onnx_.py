@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
@@ -21,7 +21,7 @@ from exporters import onnx_observation, onnx_weights, ops
 from exporters.backends import Job, new_artifact
 from exporters.external_data import WeightFile
 from exporters.inheritance import StoredMatrix
-from exporters.onnx_lowering import to_onnx
+from exporters.onnx_lowering import translate
 from exporters.passes import model_passes
 from exporters.passes.context import ModelPass
 from exporters.program import Program
@@ -84,11 +84,11 @@ class OnnxExporter:
         program, out = job.program, job.out
         folder = out / self.name
         folder.mkdir(parents=True, exist_ok=True)
-        written = []
+        written, translated = [], {}
         with WeightFile(folder / f"{program.entry}.data", job.progress) as weights:
             for form, mode in job.kinds:
                 recipe = FORMS[form, mode]
-                model = lower(program, recipe)
+                model = lower(program, recipe, translated)
                 weights.adopt(model)
                 path = folder / f"{program.entry}.{form}.{mode}.onnx"
                 ir.save(model, path)
@@ -109,10 +109,22 @@ class OnnxExporter:
         return onnx_observation.observe(folder, artifact, nodes, out)
 
 
-def lower(program: Program, recipe: Form) -> ir.Model:
-    """The program as an ONNX model whose large initializers are still to be loaded."""
-    table = {op.overload: op.decomposition(recipe.target) for op in ops.REGISTRY.values()}
-    return to_onnx(program, table | ops.aten_lowerings(recipe.target), recipe.opset, recipe.passes)
+def lower(program: Program, recipe: Form, translated: dict[tuple[str, int], Any] | None = None) -> ir.Model:
+    """The program as an ONNX model whose large initializers are still to be loaded.
+
+    Args:
+        translated: what was traced for other forms of the same program, which those of one target and opset share.
+    """
+    translated = {} if translated is None else translated
+    key = recipe.target, recipe.opset
+    if key not in translated:
+        table = {op.overload: op.decomposition(recipe.target) for op in ops.REGISTRY.values()}
+        translated[key] = translate(program, table | ops.aten_lowerings(recipe.target), recipe.opset)
+    source, context = translated[key]
+    model = source.clone()
+    for edit in recipe.passes:
+        edit(model, context)
+    return model
 
 
 def _artifact(program: Program, form: str, mode: str, model: ir.Model, path: Path, data: Path, out: Path) -> Artifact:

@@ -31,6 +31,16 @@ def to_onnx(
         passes: what the model goes through after lowering, in order.
         names: node of ``program`` -> node of the Program that it was traced anew from; None where it is that itself.
     """
+    model, context = translate(program, table, opset, names)
+    for edit in passes:
+        edit(model, context)
+    return model
+
+
+def translate(
+    program: Program, table: Mapping[object, Callable], opset: int, names: Mapping[str, str] | None = None
+) -> tuple[ir.Model, Context]:
+    """The first half of `to_onnx`, which tracing takes most of the time of: the model as its passes will get it."""
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore", FutureWarning)  # raised inside torch by its own use of pytree
         decomposed = program.exported.run_decompositions(dict(table))
@@ -47,10 +57,7 @@ def to_onnx(
     origins = _origins(decomposed, exported.exported_program)
     if names is not None:
         origins = {name: names[source] for name, source in origins.items() if source in names}
-    context = Context(program, origins)
-    for edit in passes:
-        edit(model, context)
-    return model
+    return model, Context(program, origins)
 
 
 def _origins(decomposed: ExportedProgram, final: ExportedProgram) -> dict[str, str]:

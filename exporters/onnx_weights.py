@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -11,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from exporters.blocks import unpack_bits
-from exporters.inheritance import StoredMatrix
+from exporters.inheritance import LazyMatrices, StoredMatrix
 from exporters.onnx_tables import read_table, table_name
 from exporters.passes.spell_tables import DOUBLED
 from exporters.passes.split_bytes import SUFFIX
@@ -22,26 +23,33 @@ _MOVES = ("Cast", "Concat", "Identity", "Pad", "Reshape", "Slice", "Transpose")
 
 
 def read_matrices(path: Path, inherited: Mapping[str, Inherited] = MappingProxyType({})) -> Mapping[str, StoredMatrix]:
-    """Name of the matrix in the Program -> its values in the file and its external data.
+    """Name of the matrix in the Program -> its values in the file and its external data, read on access.
 
     Only matrices that a node reads are there: a weight that nothing computes with did not arrive.
 
     Args:
         inherited: the Program's matrices; a table that is only looked up has its layout from there.
     """
-    found = {}
+    readers: dict[str, Callable[[], StoredMatrix]] = {}
     for node in ir.load(path).graph:
         if (name := table_name(node)) in inherited and node.op_type != "MatMulNBits":
-            found[name] = read_table(node, inherited[name])
+            readers[name] = partial(read_table, node, inherited[name])
         elif node.op_type == "MatMulNBits":
-            stored = _from_matmul(node)
-            stored = _joined(stored) if node.inputs[1].name.endswith(SUFFIX) else stored
-            found[_matrix_name(node)] = replace(stored, order=gathered(node.inputs[0]))
+            readers[_matrix_name(node)] = partial(_from_product, node)
         elif node.op_type == "DequantizeLinear":
-            found[_matrix_name(node)] = replace(_from_dequantize(node), order=order_of_product(node.outputs[0]))
+            readers[_matrix_name(node)] = partial(_from_weight, node)
         elif node.op_type == "Gather" and (name := _table(node)) in inherited:
-            found.setdefault(name, _from_lookup(node, inherited[name]))
-    return found
+            readers.setdefault(name, partial(_from_lookup, node, inherited[name]))
+    return LazyMatrices(readers)
+
+
+def _from_product(node: ir.Node) -> StoredMatrix:
+    stored = _from_planes(node) if node.inputs[1].name.endswith(SUFFIX) else _from_matmul(node)
+    return replace(stored, order=gathered(node.inputs[0]))
+
+
+def _from_weight(node: ir.Node) -> StoredMatrix:
+    return replace(_from_dequantize(node), order=order_of_product(node.outputs[0]))
 
 
 def gathered(x: ir.Value) -> np.ndarray | None:
@@ -116,12 +124,13 @@ def _from_dequantize(node: ir.Node) -> StoredMatrix:
     return StoredMatrix(unpacked, values(scales), points, bits, node.attributes["block_size"].as_int())
 
 
-def _joined(planes: StoredMatrix) -> StoredMatrix:
+def _from_planes(node: ir.Node) -> StoredMatrix:
     """The 8-bit matrix that exporters/passes/split_bytes.py wrote as a plane of high and one of low nibbles.
 
     The scales of the high plane must be 16 times those of the low one; where they are not, the matrix comes back
     with NaN scales, which equal nothing.
     """
+    planes = _from_matmul(node)
     high, low = np.split(planes.codes, 2, 1)
     coarse, fine = np.split(planes.scales, 2, 1)
     high_zero, low_zero = np.split(planes.zero_points, 2, 1)

@@ -35,6 +35,7 @@ from typing import Any
 from exporters.errors import PackageError
 from exporters.modality_table import Modality, modality_table
 from exporters.package_schema import MANIFEST, FileModel, Manifest, parse_manifest
+from exporters.progress import Bytes, ignore
 from exporters.remote_code import refuse_remote_code
 from exporters.safe_files import (
     FileEntry,
@@ -105,13 +106,13 @@ def _check_listing(folder: Path, listed: Mapping[str, FileModel], found: Mapping
             )
 
 
-def _check_hashes(found: Mapping[str, Path], listed: Mapping[str, FileModel]) -> dict[str, FileEntry]:
+def _check_hashes(found: Mapping[str, Path], listed: Mapping[str, FileModel], progress: Bytes) -> dict[str, FileEntry]:
     entries = {}
     for name, wanted in sorted(listed.items()):
         # The size is compared first so that a file that grew without bound is never read.
         refuse_lfs_pointer(found[name])
         size = found[name].stat().st_size
-        entry = hash_file(found[name]) if size == wanted.size else FileEntry(size, "")
+        entry = hash_file(found[name], progress) if size == wanted.size else FileEntry(size, "")
         if entry != FileEntry(wanted.size, wanted.sha256):
             what = f"size {entry.size}, listed {wanted.size}" if entry.size != wanted.size else "SHA-256 differs"
             raise PackageError(
@@ -151,7 +152,7 @@ def _vocab_size(config: Mapping[str, Any], where: str) -> int:
     return size
 
 
-def _validate_plain(folder: Path) -> Package:
+def _validate_plain(folder: Path, progress: Bytes) -> Package:
     names = {path.name: path for path in sorted(folder.iterdir()) if PLAIN_FILES.fullmatch(path.name)}
     if "config.json" not in names:
         raise PackageError(
@@ -162,7 +163,7 @@ def _validate_plain(folder: Path) -> Package:
     for path in names.values():
         check_regular(path.lstat(), path)
         refuse_lfs_pointer(path)
-    files = {name: hash_file(path) for name, path in names.items()}
+    files = {name: hash_file(path, progress) for name, path in names.items()}
     config = _read_config(folder, "", files)
     size = _vocab_size(config, "config.json")
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name).strip("-._") or "student"
@@ -170,10 +171,11 @@ def _validate_plain(folder: Path) -> Package:
     return Package(folder, name, "0.0.0", "unknown", text, files, hash_whole(files), True, config)
 
 
-def validate(folder: str | Path) -> Package:
+def validate(folder: str | Path, progress: Bytes = ignore) -> Package:
     """Check a delivery package, or a plain transformers folder, without importing torch.
 
-    Every file is hashed once. Weights are not opened here: `exporters.student.load_student` does that.
+    Every file is hashed once, and `progress` called with the bytes. Weights are not opened here:
+    `exporters.student.load_student` does that.
 
     Raises PackageError (UnsafePath, ConfigError, ...) naming the file or field.
     """
@@ -181,11 +183,11 @@ def validate(folder: str | Path) -> Package:
     if not folder.is_dir():
         raise PackageError("is not a folder", where=str(folder), way_out="Point at a delivery package")
     if not os.path.lexists(folder / MANIFEST):
-        return _validate_plain(folder)
+        return _validate_plain(folder, progress)
     found = list_files(folder)
     manifest = parse_manifest(read_json(folder / MANIFEST), str(folder / MANIFEST))
     _check_listing(folder, manifest.files, found)
-    files = _check_hashes(found, manifest.files)
+    files = _check_hashes(found, manifest.files, progress)
     if hash_whole(files) != manifest.sha256:
         raise PackageError("sha256 is not that of its list of files", where=MANIFEST, way_out="Fetch the package again")
     return _checked(folder, manifest, files)

@@ -9,7 +9,7 @@ The decoders are in `exporters.formats`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -70,6 +70,13 @@ class QuantizedTensor:
                 raise QuantizationError(
                     f"{name} is {array.dtype} {array.shape}, wanted {np.dtype(dtype)} {shape}", where=where
                 )
+
+    def take(self, rows: Any) -> QuantizedTensor:
+        """The matrix of some of the rows, by a slice or by indices [M]."""
+        codes = self.codes[rows]
+        points = None if self.zero_points is None else self.zero_points[rows]
+        shape = (len(codes), self.shape[1])
+        return replace(self, codes=codes, scales=self.scales[rows], zero_points=points, shape=shape)
 
     def unpack(self) -> Array:
         """The codes, uint8 [N, K]."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from exporters.errors import ConfigError, PackageError, UnsafePath, WeightsError
+from exporters.progress import Bytes, ignore
 
 MAX_FILES = 10_000
 _CHUNK = 1 << 20
@@ -109,7 +110,7 @@ def list_files(folder: Path) -> dict[str, Path]:
     return {name: folder / name for name in sorted(found)}
 
 
-def hash_file(path: Path) -> FileEntry:
+def hash_file(path: Path, progress: Bytes = ignore) -> FileEntry:
     """Size and SHA-256 of a regular file, read once in chunks.
 
     Opened without following a link and without blocking on a FIFO.
@@ -126,6 +127,7 @@ def hash_file(path: Path) -> FileEntry:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
             size += len(chunk)
+            progress(len(chunk))
     return FileEntry(size, digest.hexdigest())
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,12 +19,11 @@ from exporters.kv_cache import cache_steps
 from exporters.noise import PRECISIONS, Floor
 from exporters.plan import Entry, Forecast, check_fit, forecast, plan_entries
 from exporters.program import Program
+from exporters.progress import Progress, begin, folder_bytes
 from exporters.quantise import Quantised, quantise
 from exporters.quantise.calibration import Calibration, load_calibration
 from exporters.student import Student, load_student
 from runtimes.bundle import Artifact, Bundle, write_manifest
-
-Progress = Callable[[str, int], None]
 
 #: What a student and its float twin have in common.
 TWIN_KEYS = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
@@ -83,8 +82,8 @@ def plan(
     Raises:
         ExportError: a student, profile or context that does not work, before anything was spent on it.
     """
-    progress("load", 0)
-    student = load_student(package)
+    # Every file is hashed, and its weights are read for their checks.
+    student = load_student(package, begin(progress, "load", 2 * folder_bytes(package)))
     twin = None if floating is None else _twin(student, load_student(floating))
     calibration = None if asked is None else _calibration(student, profile, asked)
     quantised = _quantised(student, profile, asked, calibration, progress)
@@ -190,14 +189,14 @@ def export(planned: Planned, folder: Path, progress: Progress) -> tuple[Artifact
         made = [entry for entry in entries if not entry.left_out]
         written = {}
         for backend in dict.fromkeys(entry.backend for entry in made):
-            progress(f"export {component} for {backend}", 0)
+            weights = sum(constant.nbytes for constant in planned.programs[component].constants.values())
             job = Job(
                 planned.programs[component],
                 planned.profile,
                 folder,
                 [(entry.form, entry.mode) for entry in made if entry.backend == backend],
                 lambda component=component: calibration_feeds(planned.student, planned.programs[component]),
-                lambda size, name=component: progress(f"export {name}", size),
+                begin(progress, f"export {component} for {backend}", weights),
                 about(planned.student, planned.capacity),
             )
             written |= {artifact.label: artifact for artifact in load_exporter(backend).export(job)}
@@ -215,9 +214,9 @@ def read_back(planned: Planned, artifacts: Iterable[Artifact], folder: Path, pro
     for artifact in artifacts:
         program = planned.programs[artifact.component]
         if program.inherited:
-            progress(f"read back {artifact.component} {artifact.label}", 0)
+            read = begin(progress, f"read back {artifact.component} {artifact.label}", inheritance.size(program))
             stored = load_exporter(artifact.backend).read_matrices(folder, artifact, program)
-            total += inheritance.compare(artifact.label, program, stored, planned.student.quantized)
+            total += inheritance.compare(artifact.label, program, stored, planned.student.quantized, read)
     return total
 
 

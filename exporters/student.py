@@ -16,6 +16,7 @@ from exporters.errors import PackageError, QuantizationError, TokenizerError, We
 from exporters.formats.scheme import Scheme
 from exporters.model_config import Skeleton, check_model_config, library_config, skeleton
 from exporters.package import MANIFEST, Modality, Package, validate
+from exporters.progress import Bytes, ignore
 from exporters.quantization_config import module_schemes
 from exporters.quantized import QuantizedTensor
 from exporters.safe_files import FileEntry, hash_file
@@ -35,11 +36,18 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig
 
+#: How many decoded tensors are kept, and the bytes of codes of the largest that is.
+_KEPT, _LARGEST_KEPT = 3, 1 << 25
+
 __all__ = ["Modality", "Student", "TensorInfo", "load_student"]
 
 
 class QuantizedTensors(Mapping[str, QuantizedTensor]):
-    """Module name -> QuantizedTensor, decoded on access; nothing is kept, so keep what is used twice."""
+    """Module name -> QuantizedTensor, decoded on access.
+
+    Only the last few small ones are kept: a joined projection asks for codes, scales and zero points of its parts in
+    turn.
+    """
 
     def __init__(
         self,
@@ -50,11 +58,18 @@ class QuantizedTensors(Mapping[str, QuantizedTensor]):
     ) -> None:
         self._checkpoint, self._shapes, self._stored = checkpoint, shapes, stored
         self.schemes = schemes
+        self._kept: dict[str, QuantizedTensor] = {}
 
     def __getitem__(self, module: str) -> QuantizedTensor:
-        return self.schemes[module].decode(
-            self._checkpoint.tensor, self._stored.get(module, module), self._shapes[module]
-        )
+        if module in self._kept:
+            return self._kept[module]
+        stored = self._stored.get(module, module)
+        tensor = self.schemes[module].decode(self._checkpoint.tensor, stored, self._shapes[module])
+        if tensor.codes.nbytes <= _LARGEST_KEPT:
+            if len(self._kept) == _KEPT:
+                del self._kept[next(iter(self._kept))]
+            self._kept[module] = tensor
+        return tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.schemes)
@@ -242,13 +257,16 @@ def _open_tokenizer(package: Package) -> tuple[Path | None, dict[str, Modality],
     return path, modalities, special
 
 
-def load_student(folder: str | Path) -> Student:
+def load_student(folder: str | Path, progress: Bytes = ignore) -> Student:
     """Validate a package whole and open it.
+
+    Args:
+        progress: called with the bytes that were hashed, and with those of the weights as they are checked.
 
     Each file is hashed once; weights are read once for the check against NaN and bad scales, in bounded memory, and
     stay on disk. Raises PackageError or a subclass that names the file or field.
     """
-    package: Package = validate(folder)
+    package: Package = validate(folder, progress)
     check_model_config(package.config)
     tokenizer, modalities, special = _open_tokenizer(package)
     checkpoint = open_checkpoint(package.folder, package.files)
@@ -258,7 +276,7 @@ def load_student(folder: str | Path) -> Student:
     # A tied head carries no weight of its own, whatever the scheme's targets match.
     schemes = {name: scheme for name, scheme in schemes.items() if f"{name}.weight" not in expected.tied}
     tensors, shapes = _match_tensors(expected, schemes, checkpoint)
-    checkpoint.check_finite(tensors)
+    checkpoint.check_finite(tensors, progress)
     # From here on a tensor that is stored under another name has that of transformers' model.
     names = {disk: name for name, stored in expected.stored.items() if not stored.groups for disk in stored.names}
     own = {disk.removesuffix(".weight"): name.removesuffix(".weight") for disk, name in names.items()}
@@ -270,7 +288,7 @@ def load_student(folder: str | Path) -> Student:
         {name: disk for disk, name in own.items()},
     )
     for module in quantized:
-        quantized[module]
+        progress(quantized[module].codes.nbytes)
     activations = {
         name: found for name, scheme in schemes.items() if (found := scheme.activation(checkpoint.tensor, name))
     }

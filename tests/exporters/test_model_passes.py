@@ -23,6 +23,7 @@ from exporters.passes.drop_unused import drop_unused
 from exporters.passes.mark_origins import MODULE, NODE
 from exporters.passes.set_accuracy_level import set_fast_accuracy
 from exporters.passes.settle_reshapes import settle_reshapes
+from exporters.passes.spell_gemms import spell_gemms
 from exporters.passes.split_bytes import split_bytes
 from exporters.passes.transpose_weights import transpose_weights
 from exporters.passes.type_codes import type_codes
@@ -177,6 +178,42 @@ def test_transpose_weights_leaves_what_is_computed(program: Program) -> None:
     model = model_of(nodes, {"x": [2, 6]}, {"y": [6, 2]})
     transpose_weights(model, Context(program))
     assert operators(model) == ["Transpose", "Relu"]
+
+
+# --- spell_gemms ----------------------------------------------------------------------------------------------------
+
+
+def gemm(bias: bool, gathered: bool, **attributes: float) -> tuple[ir.Model, dict[str, np.ndarray]]:
+    weights = {"W": RANDOM.random((9, 6), np.float32)} | ({"b": RANDOM.random(9, np.float32)} if bias else {})
+    nodes = [helper.make_node("Gemm", ["x", *weights], ["y"], transB=1, **attributes)]
+    outputs: dict[str, list[int | str]] = {"y": [2, 9]}
+    if gathered:
+        nodes.append(helper.make_node("Gather", ["W", "at"], ["z"]))
+        weights["at"] = np.array([4])
+        outputs["z"] = [1, 6]
+    return model_of(nodes, {"x": [2, 6]}, outputs, **weights), weights
+
+
+@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_spell_gemms_multiplies_with_the_same_weights(bias: bool, gathered: bool, program: Program) -> None:
+    model, weights = gemm(bias, gathered)
+    x = RANDOM.random((2, 6), np.float32)
+    before = run(model, x=x)
+    spell_gemms(model, Context(program))
+    assert operators(model)[: 1 + bias] == ["FusedMatMul", "Add"][: 1 + bias] and "Gemm" not in operators(model)
+    np.testing.assert_allclose(run(model, x=x), before, rtol=1e-6)
+    np.testing.assert_allclose(before, x @ weights["W"].T + weights.get("b", 0), rtol=1e-6)
+    # A table that is looked up too is an input with a default value, which the runtime does not copy.
+    assert [value.name for value in model.graph.inputs] == ["x", "W"][: 1 + gathered]
+    assert [value.name for value in model.graph.outputs] == ["y", "z"][: 1 + gathered]
+
+
+@pytest.mark.parametrize("attributes", [{"alpha": 2.0}, {"beta": 0.5}, {"transA": 1}])
+def test_spell_gemms_leaves_other_products(attributes: dict[str, float], program: Program) -> None:
+    model, _ = gemm(bias=True, gathered=False, **attributes)
+    spell_gemms(model, Context(program))
+    assert operators(model) == ["Gemm"]
 
 
 # --- split_bytes ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,382 @@
+"""Sizes and speed against ONNX Runtime GenAI: its export of the same weights and its run of it, beside ours.
+
+    python -m tools.bench_genai --shape qwen2.5-0.5b [--threads N] [--rounds N] [--work DIR] [--output FILE]
+
+Needs the extra `peers`. The checkpoint is random (tools/random_student.py), packed at 4 bits in groups of 128,
+symmetric; GenAI's model builder does not read that form, so it is given the same weights dequantised and rounded to
+float16, and quantises them again in groups of the same size, symmetric too. Where embedding and head are in 16 bits,
+the head is left out of its quantisation as well, and computes in float32 in both. The builder's option that takes the
+head's product for the newest token alone is on, as ours does that; otherwise its defaults hold.
+
+Each export is a process of its own, whose CPU time and peak memory the system counts. Then each contender loads its
+model in a process of its own, and in every round has its turn while the others wait. Figures are medians over the
+rounds, ratios are taken within one run. Peak memory is a runtime's whole process, weights that are mapped included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from runtimes.host import cpu_model, usable_cores
+from tools.random_student import SHAPES, write_student
+
+GROUP, CAPACITY = 128, 1024
+PREFILLS, PROMPT, STEPS = (64, 512), 64, 32
+VERSIONS = ("onnxruntime", "onnxruntime-genai", "torch", "transformers")
+MEASUREMENTS = Path(__file__).parent / "measurements" / "genai.json"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One comparison: our (form, mode) against the builder's options, on a checkpoint with such a head."""
+
+    title: str
+    head: str
+    mode: str
+    accuracy_level: int
+
+
+PAIRS = (
+    Pair("16-bit head, int8 activations", "float16", "fast", 4),
+    Pair("16-bit head, float32 activations", "float16", "exact", 1),
+    Pair("4-bit head, int8 activations", "int4", "fast", 4),
+)
+
+
+@dataclass(frozen=True)
+class Export:
+    """One exporter's run: seconds of CPU and of the clock, peak resident bytes, bytes written."""
+
+    cpu_seconds: float
+    seconds: float
+    peak_bytes: int
+    written_bytes: int
+
+
+def counted(command: Sequence[str], written: Path) -> Export:
+    """Runs a command as a process of its own. Raises RuntimeError with what it said when it fails."""
+    start = time.perf_counter()
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, cwd=Path(__file__).parent.parent)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        seconds = time.perf_counter() - start
+        if process.returncode:
+            said.seek(0)
+            raise RuntimeError(f"{' '.join(command)}: {said.read().decode(errors='replace')[-2000:]}")
+    size = sum(path.stat().st_size for path in written.rglob("*") if path.is_file())
+    return Export(usage.ru_utime + usage.ru_stime, seconds, usage.ru_maxrss << 10, size)
+
+
+# --- exports ----------------------------------------------------------------------------------------------------------
+
+
+def export_ours(student: Path, output: Path) -> None:
+    """The exporter's part of a build, both fused forms: loaded, captured, written, with a manifest to run it by."""
+    from dataclasses import replace
+
+    from device_profiles import load_profile
+    from exporters import stages
+    from exporters.build import quiet
+    from exporters.inheritance import Inheritance
+
+    profile = load_profile("host")
+    entries = {**profile.components, "lm": ("onnx/fused/exact", "onnx/fused/fast")}
+    planned = stages.plan(student, None, replace(profile, components=entries), ("onnx",), CAPACITY, quiet)
+    output.mkdir(parents=True)
+    artifacts = stages.export(planned, output, quiet)
+    stages.finish(planned, "export-alone", artifacts, {}, 0.0, (), Inheritance(), output, quiet)
+
+
+def export_peer(floating: Path, output: Path, pair: Pair) -> list[str]:
+    """The builder's command."""
+    options = [f"block_size={GROUP}", f"accuracy_level={pair.accuracy_level}", "prune_lm_head=true"]
+    if pair.head == "float16":
+        options.append("nodes_to_exclude=/lm_head/MatMul")
+    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(floating), "-o", str(output)]
+    return [*command, "-p", "int4", "-e", "cpu", "-c", str(output / "cache"), "--extra_options", *options]
+
+
+def write_floating(student: Path, folder: Path) -> None:
+    """The same weights in float16, as a checkpoint that any tool reads, with a tokenizer that the builder asks for."""
+    import torch
+    from safetensors.torch import save_file
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    from exporters.student import load_student
+
+    source = load_student(student)
+    folder.mkdir(parents=True)
+    shards = {}
+    for i, name in enumerate(source.tensors):
+        shards[name] = f"model-{i:05}.safetensors"
+        save_file({name: source.tensor(name).to(torch.float16)}, folder / shards[name], metadata={"format": "pt"})
+    for i, module in enumerate(source.quantized, len(shards)):
+        name = f"{module}.weight"
+        shards[name] = f"model-{i:05}.safetensors"
+        weight = torch.from_numpy(source.quantized[module].dequantize()).to(torch.float16)
+        save_file({name: weight}, folder / shards[name], metadata={"format": "pt"})
+    config = {key: value for key, value in source.config.items() if key != "quantization_config"}
+    (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": "float16"}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shards}))
+    Tokenizer(WordLevel({"<eos>": 0, "<unk>": 1}, "<unk>")).save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>", "unk_token": "<unk>"})
+    )
+
+
+# --- runs: a process per contender, which answers each line of its input with a line of JSON ------------------------
+
+
+class Ours:
+    """An artifact of our bundle in its session."""
+
+    def __init__(self, folder: Path, mode: str, threads: int) -> None:
+        from runtimes.bundle import load_bundle
+        from runtimes.sampling import GREEDY, Allowed, Sampler
+        from runtimes.session import open_session
+
+        bundle = load_bundle(folder)
+        self._session = open_session(bundle, bundle.artifact("lm", "onnx", "fused", mode), threads)
+        self._sampler, self._allowed = Sampler(GREEDY, bundle.vocab_size), Allowed(0, bundle.vocab_size)
+
+    def start(self) -> None:
+        self._session.reset()
+
+    def prefill(self, ids: Any) -> None:
+        self._logits = self._session.run({"ids": ids})["logits"]
+
+    def step(self) -> None:
+        """Takes the most likely token and runs it."""
+        import numpy as np
+
+        token = self._sampler.pick(self._logits[0], self._allowed)
+        self._logits = self._session.run({"ids": np.array([[token]], np.int32)})["logits"]
+
+
+class Peer:
+    """The builder's model in GenAI's generator."""
+
+    def __init__(self, folder: Path, mode: str, threads: int) -> None:
+        import onnxruntime_genai
+
+        del mode
+        path = folder / "genai_config.json"
+        config = json.loads(path.read_text())
+        config["model"]["decoder"]["session_options"] |= {"intra_op_num_threads": threads}
+        path.write_text(json.dumps(config))
+        self._library = onnxruntime_genai
+        self._model = onnxruntime_genai.Model(str(folder))
+
+    def start(self) -> None:
+        parameters = self._library.GeneratorParams(self._model)
+        parameters.set_search_options(max_length=CAPACITY, min_length=CAPACITY, do_sample=False)
+        self._generator = self._library.Generator(self._model, parameters)
+        self._fresh = True
+
+    def prefill(self, ids: Any) -> None:
+        self._generator.append_tokens(ids)
+
+    def step(self) -> None:
+        """Runs the last token and takes the most likely one; behind a prefill there is nothing to run yet."""
+        if self._fresh:
+            self._generator.generate_next_token()
+            self._fresh = False
+        self._generator.generate_next_token()
+
+
+CONTENDERS = {"ours": Ours, "peer": Peer}
+
+
+def contend(kind: str, folder: Path, mode: str, threads: int, vocabulary: int) -> None:
+    """A contender's process: loads, and answers "prefill N" and "decode N" with seconds, "peak" with bytes."""
+    import numpy as np
+
+    from runtimes.host import peak_rss_bytes
+
+    rows = np.random.default_rng(0).integers(0, vocabulary - 8, (1, CAPACITY)).astype(np.int32)
+    __import__("onnxruntime_genai" if kind == "peer" else "onnxruntime")
+    start = time.perf_counter()
+    contender = CONTENDERS[kind](folder, mode, threads)
+    print(json.dumps(time.perf_counter() - start), flush=True)
+    for line in sys.stdin:
+        what, count = line.split()
+        contender.start()
+        if what == "peak":
+            print(json.dumps(peak_rss_bytes()), flush=True)
+            continue
+        start = time.perf_counter()
+        contender.prefill(rows[:, : int(count) if what == "prefill" else PROMPT])
+        if what == "decode":
+            contender.step()
+            start = time.perf_counter()
+            for _ in range(int(count)):
+                contender.step()
+        print(json.dumps(time.perf_counter() - start), flush=True)
+
+
+class Contender:
+    """The process of one contender, waiting for its turns."""
+
+    def __init__(self, kind: str, folder: Path, mode: str, threads: int, vocabulary: int) -> None:
+        arguments = ["--contend", kind, str(folder), mode, str(threads), str(vocabulary)]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tools.bench_genai", *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parent.parent,
+        )
+        self.load = self._answer()
+
+    def ask(self, what: str, count: int = 0) -> float:
+        """Sends one line and returns the answer."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{what} {count}\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> float:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"a contender ended with {self._process.wait()}")
+        return float(json.loads(line))
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.communicate()
+
+
+def race(ours: Path, peer: Path, pair: Pair, vocabulary: int, threads: int, rounds: int) -> dict[str, dict[str, float]]:
+    """figure -> {"ours": median, "peer": median} of one interleaved run: seconds, tokens/s, bytes."""
+    figures: dict[str, dict[str, list[float]]] = {}
+
+    def note(figure: str, kind: str, value: float) -> None:
+        figures.setdefault(figure, {}).setdefault(kind, []).append(value)
+
+    folders = {"ours": ours, "peer": peer}
+    for _ in range(3):  # loads alternate too
+        for kind, folder in folders.items():
+            contender = Contender(kind, folder, pair.mode, threads, vocabulary)
+            note("load, s", kind, contender.load)
+            contender.close()
+    racing = {kind: Contender(kind, folder, pair.mode, threads, vocabulary) for kind, folder in folders.items()}
+    for turn in range(rounds + 1):
+        for kind, contender in racing.items():
+            decode = STEPS / contender.ask("decode", STEPS)
+            prefills = {count: count / contender.ask("prefill", count) for count in PREFILLS}
+            if turn:  # the first turn warms up
+                note("decode, tokens/s", kind, decode)
+                for count, rate in prefills.items():
+                    note(f"prefill of {count}, tokens/s", kind, rate)
+    for kind, contender in racing.items():
+        note("peak memory, bytes", kind, contender.ask("peak"))
+        contender.close()
+    return {
+        figure: {kind: statistics.median(values) for kind, values in row.items()} for figure, row in figures.items()
+    }
+
+
+# --- the whole comparison --------------------------------------------------------------------------------------------
+
+
+def compare(shape: str, work: Path, threads: int, rounds: int, pairs: Sequence[Pair]) -> dict[str, Any]:
+    """Exports and races every pair; what is in the work folder already is taken from there."""
+    dimensions = SHAPES[shape]
+    report: dict[str, Any] = {"checkpoints": {}, "exports": {}, "runs": {}}
+    for head in dict.fromkeys(pair.head for pair in pairs):
+        student, ours = work / f"student-{head}", work / f"ours-{head}"
+        if not student.exists():
+            table = 4 if head == "int4" else None
+            write_student(student, shape, group=GROUP, symmetric=True, quantise_embedding=table)
+            write_floating(student, work / f"floating-{head}")
+        size = (student / "model.safetensors").stat().st_size
+        floating = sum(path.stat().st_size for path in (work / f"floating-{head}").glob("*.safetensors"))
+        report["checkpoints"][head] = {"packed_bytes": size, "float16_bytes": floating}
+        record = work / f"ours-{head}.json"
+        if not record.exists():
+            command = [sys.executable, "-m", "tools.bench_genai", "--export", str(student), str(ours)]
+            record.write_text(json.dumps(asdict(counted(command, ours))))
+        report["exports"][f"{head} head"] = {"ours": json.loads(record.read_text())}
+    for pair in pairs:
+        peer = work / f"peer-{pair.head}-{pair.accuracy_level}"
+        record = work / f"{peer.name}.json"
+        if not record.exists():
+            command = export_peer(work / f"floating-{pair.head}", peer, pair)
+            record.write_text(json.dumps(asdict(counted(command, peer))))
+        report["exports"][f"{pair.head} head"].setdefault("peer", json.loads(record.read_text()))
+        ours = work / f"ours-{pair.head}"
+        report["runs"][pair.title] = race(ours, peer, pair, dimensions.vocabulary, threads, rounds)
+    return report
+
+
+def print_report(report: Mapping[str, Any]) -> None:
+    """Figures of both and their ratio, above 1 where ours is the better one."""
+    table = Table("run", "figure", "ours", "GenAI", "times as good")
+    for title, row in {**report["exports"], **report["runs"]}.items():
+        figures = row
+        if "ours" in row:
+            figures = {key: {kind: export[key] for kind, export in row.items()} for key in row["ours"]}
+        for figure, values in figures.items():
+            mine, other = values["ours"], values["peer"]
+            ratio = mine / other if figure.endswith("tokens/s") else other / mine
+            table.add_row(title, figure, f"{mine:,.5g}", f"{other:,.5g}", f"{ratio:.2f}")
+    Console(width=120).print(table)
+
+
+def main() -> None:
+    """Command line of this module."""
+    parser = argparse.ArgumentParser(description="Sizes and speed against ONNX Runtime GenAI.")
+    parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-0.5b")
+    parser.add_argument("--threads", type=int, default=usable_cores(), help="of each runtime (every core)")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--pairs", type=int, nargs="+", default=range(len(PAIRS)), help="which of the comparisons")
+    parser.add_argument("--work", type=Path, help="keeps checkpoints and exports there, and takes what is there")
+    parser.add_argument("--output", type=Path, default=MEASUREMENTS)
+    parser.add_argument("--export", type=Path, nargs=2, metavar=("STUDENT", "OUT"), help=argparse.SUPPRESS)
+    parser.add_argument("--contend", nargs=5, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.export is not None:
+        export_ours(*options.export)
+        return
+    if options.contend is not None:
+        kind, folder, mode, threads, vocabulary = options.contend
+        contend(kind, Path(folder), mode, int(threads), int(vocabulary))
+        return
+    with tempfile.TemporaryDirectory(prefix="genai-") as folder:
+        work = options.work or Path(folder)
+        work.mkdir(parents=True, exist_ok=True)
+        pairs = [PAIRS[i] for i in options.pairs]
+        report = compare(options.shape, work, options.threads, options.rounds, pairs)
+    report = {
+        "command": f"python -m tools.bench_genai --shape {options.shape} --threads {options.threads} "
+        f"--rounds {options.rounds}",
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{cpu_model()}, {usable_cores()} cores, Python {platform.python_version()}",
+        "versions": {name: metadata.version(name) for name in VERSIONS},
+        **report,
+    }
+    print_report(report)
+    options.output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
