@@ -279,14 +279,14 @@ def race(ours: Path, peer: Path, pair: Pair, vocabulary: int, threads: int, roun
             note("load, s", kind, contender.load)
             contender.close()
     racing = {kind: Contender(kind, folder, pair.mode, threads, vocabulary) for kind, folder in folders.items()}
+    tasks = [("decode", STEPS), *(("prefill", count) for count in PREFILLS)]
     for turn in range(rounds + 1):
-        for kind, contender in racing.items():
-            decode = STEPS / contender.ask("decode", STEPS)
-            prefills = {count: count / contender.ask("prefill", count) for count in PREFILLS}
-            if turn:  # the first turn warms up
-                note("decode, tokens/s", kind, decode)
-                for count, rate in prefills.items():
-                    note(f"prefill of {count}, tokens/s", kind, rate)
+        for what, count in tasks:
+            for kind, contender in racing.items():
+                rate = count / contender.ask(what, count)
+                if turn:  # the first turn warms up
+                    name = what if what == "decode" else f"{what} of {count}"
+                    note(f"{name}, tokens/s", kind, rate)
     for kind, contender in racing.items():
         note("peak memory, bytes", kind, contender.ask("peak"))
         contender.close()

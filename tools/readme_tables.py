@@ -3,8 +3,8 @@
     python -m tools.readme_tables BUNDLE... [--check]
 
 Backends x profiles comes from the reports of the given bundles and the profiles themselves; speed, from
-tools/measurements/peers.json (see tools/bench_peers.py); quality, from the reference student's quality.json. Each
-table stands between two marks, `<!-- NAME -->` and `<!-- /NAME -->`.
+tools/measurements/peers.json (see tools/bench_peers.py); sizes, from genai.json there (tools/bench_genai.py); quality,
+from the reference student's quality.json. Each table stands between two marks, `<!-- NAME -->` and `<!-- /NAME -->`.
 """
 
 from __future__ import annotations
@@ -91,6 +91,31 @@ def speed_table(measured: Mapping[str, Any]) -> str:
     return f"{_markdown(lines)}\n\n{source}"
 
 
+def sizes_table(measured: Mapping[str, Any]) -> str:
+    """Exports and runs of one shape beside ONNX Runtime GenAI's, with the ratio: above 1 ours is the better one."""
+    units = {
+        "cpu_seconds": ("export, CPU time", "{:.0f} s"),
+        "peak_bytes": ("export, peak memory", "{:.2f} GB"),
+        "written_bytes": ("export, size", "{:.2f} GB"),
+        "load, s": ("load", "{:.2f} s"),
+        "peak memory, bytes": ("run, peak memory", "{:.2f} GB"),
+    }
+    lines = [("weights", "figure", "edge-export", "ONNX Runtime GenAI", "times as good")]
+    exports = {
+        title: {key: {kind: export[key] for kind, export in row.items()} for key in row["ours"] if key != "seconds"}
+        for title, row in measured["exports"].items()
+    }
+    for title, row in {**exports, **measured["runs"]}.items():
+        for figure, values in row.items():
+            name, form = units.get(figure, (figure.removesuffix(", tokens/s"), "{:.1f} tokens/s"))
+            ours, peer = values["ours"], values["peer"]
+            ratio = ours / peer if figure.endswith("tokens/s") else peer / ours
+            shown = (form.format(value / 1e9 if "GB" in form else value) for value in (ours, peer))
+            lines.append((title, name, *shown, f"{ratio:.2f}"))
+    source = f"{measured['machine']}, {measured['date']}: `{measured['command']}`"
+    return f"{_markdown(lines)}\n\n{source}"
+
+
 def quality_table(quality: Mapping[str, Any]) -> str:
     """The reference student's tasks, judged by classifiers trained on real data."""
     models = quality["models"]
@@ -155,6 +180,8 @@ def recorded_tables() -> dict[str, str]:
         tables["backends"] = backends_table(json.loads((MEASUREMENTS / "backends.json").read_text()))
     if (MEASUREMENTS / "quantise.json").is_file():
         tables["quantise"] = quantise_table(json.loads((MEASUREMENTS / "quantise.json").read_text()))
+    if (MEASUREMENTS / "genai.json").is_file():
+        tables["sizes"] = sizes_table(json.loads((MEASUREMENTS / "genai.json").read_text()))
     if (quality := DATA / "shared" / "quality.json").is_file():
         tables["quality"] = quality_table(json.loads(quality.read_text()))
     return tables

@@ -1,0 +1,57 @@
+"""The memory of a build follows from the checkpoint and its largest matrix, not from the model in floats."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools.random_student import write_student
+
+#: What a build needs whatever the student: graphs, tracing, the allocator.
+FIXED = 250 << 20
+ROOT = Path(__file__).parents[2]
+
+_CHILD = """
+import json, sys
+from dataclasses import replace
+from pathlib import Path
+from device_profiles import load_profile
+from exporters import stages
+from exporters.build import quiet
+from exporters.student import load_student
+from runtimes.host import peak_rss_bytes
+tiny, student, out = map(Path, sys.argv[1:])
+
+def build(package, folder):
+    folder.mkdir()
+    profile = replace(load_profile("host"), components={**load_profile("host").components, "lm": FORMS})
+    planned = stages.plan(package, None, profile, ("onnx",), 256, quiet)
+    artifacts = stages.export(planned, folder, quiet)
+    found = stages.read_back(planned, artifacts, folder, quiet)
+    assert found.identical == found.total > 0
+    stages.write_golden(planned, folder, quiet)
+
+FORMS = ("onnx/fused/exact", "onnx/fused/fast")
+build(tiny, out / "tiny")  # loads every library
+before = peak_rss_bytes()
+build(student, out / "small")
+print(json.dumps(peak_rss_bytes() - before))
+"""
+
+
+@pytest.mark.long
+def test_a_build_streams_the_weights(tmp_path: Path) -> None:
+    tiny, student = write_student(tmp_path / "t", "tiny"), write_student(tmp_path / "s", "small")
+    command = [sys.executable, "-c", _CHILD, str(tiny), str(student), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    growth = json.loads(done.stdout.splitlines()[-1])
+    checkpoint = (student / "model.safetensors").stat().st_size
+    table = 40_003 * 768 * 4  # of the float32 embedding, the largest matrix
+    assert checkpoint > 90 << 20
+    # The model in float64, which the golden outputs are compared with, would be 850 MB.
+    assert growth < checkpoint + table + FIXED
+    print(f"grew by {growth / 2**20:.0f} MiB over a checkpoint of {checkpoint / 2**20:.0f} MiB")
