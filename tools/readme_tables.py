@@ -112,7 +112,8 @@ def sizes_table(measured: Mapping[str, Any]) -> str:
             ratio = ours / peer if figure.endswith("tokens/s") else peer / ours
             shown = (form.format(value / 1e9 if "GB" in form else value) for value in (ours, peer))
             lines.append((title, name, *shown, f"{ratio:.2f}"))
-    source = f"{measured['machine']}, {measured['date']}: `{measured['command']}`"
+    note = f" ({measured['note']})" if "note" in measured else ""
+    source = f"{measured['machine']}, {measured['date']}: `{measured['command']}`{note}"
     return f"{_markdown(lines)}\n\n{source}"
 
 
