@@ -6,6 +6,7 @@ NaN, most metrics would still print a number.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,8 @@ def kl_divergence(reference: Array, result: Array) -> Array:
 
     -inf logits (masked tokens) are allowed where both have them. Not-finite rows give infinity.
     """
+    if np.ndim(reference) > 1 and len(reference):
+        return _by_row(kl_divergence, reference, result)
     expected, got = _pair(reference, result)
     with np.errstate(invalid="ignore"):
         p, q = log_softmax(expected), log_softmax(got)
@@ -72,6 +75,8 @@ def flip_margins(reference: Array, result: Array) -> Array:
     NaN where both choose the same token; infinity where the result's row is not finite. With a tie of three the logit
     of the other's choice is what decides, which the top-2 margin would not tell.
     """
+    if np.ndim(reference) > 1 and len(reference):
+        return _by_row(flip_margins, reference, result)
     expected, got = _pair(reference, result)
     chosen, other = expected.argmax(axis=-1, keepdims=True), got.argmax(axis=-1, keepdims=True)
     best, theirs = (np.take_along_axis(expected, index, -1)[..., 0] for index in (chosen, other))
@@ -161,10 +166,20 @@ def _blur(values: Array) -> Array:
     return values
 
 
+def _by_row(metric: Callable[[Array, Array], Array], reference: Array, result: Array) -> Array:
+    """A metric over the last axis, one row at a time: in float64 all rows of a large vocabulary would be gigabytes."""
+    _check_shapes(np.asarray(reference), np.asarray(result))
+    return np.stack([metric(expected, got) for expected, got in zip(reference, result, strict=True)])
+
+
+def _check_shapes(reference: Array, result: Array) -> None:
+    if reference.shape != result.shape:
+        raise ValueError(f"shapes differ: reference {reference.shape}, result {result.shape}")
+
+
 def _pair(reference: Array, result: Array) -> tuple[Array, Array]:
     expected, got = np.asarray(reference, np.float64), np.asarray(result, np.float64)
-    if expected.shape != got.shape:
-        raise ValueError(f"shapes differ: reference {expected.shape}, result {got.shape}")
+    _check_shapes(expected, got)
     return expected, got
 
 
