@@ -65,7 +65,7 @@ def test_a_second_build_with_nothing_changed_reuses_the_first(built: Request) ->
     stages: list[str] = []
     before = (built.output / "manifest.json").stat()
     bundle, report, reused = build(built, lambda stage, size: stages.append(stage))
-    assert reused and stages == ["check packages"]
+    assert reused and set(stages) == {"check packages"}
     assert bundle.folder == built.output and report.results
     assert (built.output / "manifest.json").stat() == before
 
