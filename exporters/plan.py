@@ -12,7 +12,7 @@ from device_profiles.schema import Profile
 from exporters.backends import load_exporter
 from exporters.errors import ExportError
 from exporters.program import Program
-from exporters.traffic import bytes_per_token
+from exporters.traffic import bytes_per_token, narrowest_input
 
 #: What a process holds besides weights and cache: the interpreter, numpy and the vendor's runtime.
 RUNTIME_BYTES = 96 << 20
@@ -80,6 +80,8 @@ def _left_out(
         return "not among --backends"
     if backend not in INT8_CACHES and any(state.dtype == "int8" for state in program.states):
         return "an int8 KV cache (quantise.kv_cache) is ONNX Runtime's alone in this version"
+    if mode == "fast" and (bits := narrowest_input(program)) is not None and bits < 8:
+        return f"a layer rounds its input to {bits} bits, and a fast mode would round it again"
     exporter = load_exporter(backend)
     if (form, mode) not in exporter.forms(program):
         return "float weights have no fast mode" if mode == "fast" else "this version has no such form"

@@ -274,7 +274,14 @@ def load_student(folder: str | Path, progress: Bytes = ignore) -> Student:
     stored = package.config.get("quantization_config")
     schemes = {} if stored is None else module_schemes(stored, expected.modules, checkpoint)
     # A tied head carries no weight of its own, whatever the scheme's targets match.
-    schemes = {name: scheme for name, scheme in schemes.items() if f"{name}.weight" not in expected.tied}
+    shared = {name for name in schemes if f"{name}.weight" in expected.tied}
+    if rounded := next((name for name in sorted(shared) if schemes[name].rounds_input), None):
+        raise QuantizationError(
+            "its input would be rounded, but its weight is the embedding's, which is not quantised with it",
+            where=f"config.json: quantization_config: {rounded}",
+            way_out=f'List "{rounded}" in ignore, or give it a weight of its own (tie_word_embeddings: false)',
+        )
+    schemes = {name: scheme for name, scheme in schemes.items() if name not in shared}
     tensors, shapes = _match_tensors(expected, schemes, checkpoint)
     checkpoint.check_finite(tensors, progress)
     # From here on a tensor that is stored under another name has that of transformers' model.

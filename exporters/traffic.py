@@ -8,6 +8,7 @@ import torch
 
 from exporters import ops
 from exporters.encodings import INTEGER
+from exporters.ops.quantize_activation import FORMATS
 from exporters.program import Program
 
 
@@ -30,6 +31,13 @@ def _read_whole(program: Program) -> Iterator[str]:
     for node in program.exported.graph.nodes:
         if node.name in names and any(user.target not in lookups for user in node.users):
             yield names[node.name]
+
+
+def narrowest_input(program: Program) -> int | None:
+    """Bits that the most coarsely rounded input of a layer is rounded to, None where none is rounded."""
+    op = ops.quantize_activation.overload
+    nodes = program.exported.graph.find_nodes(op="call_function", target=op)
+    return min((FORMATS[node.args[1]].bits for node in nodes), default=None)
 
 
 def stored_precision(program: Program) -> str:

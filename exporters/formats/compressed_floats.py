@@ -94,6 +94,11 @@ class FloatScheme(Scheme):
         if self.rounding is not None:
             yield from self.rounding.leftovers(module, stored)
 
+    @property
+    def rounds_input(self) -> bool:
+        """See Scheme."""
+        return self.rounding is not None
+
     def activation(self, read: Read, module: str) -> Activation | None:
         """See Scheme."""
         return None if self.rounding is None else self.rounding.activation(read, module)

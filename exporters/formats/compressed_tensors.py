@@ -62,6 +62,11 @@ class IntegerScheme(Scheme):
         if self.rounding is not None:
             self.rounding.check(module, shape[1])
 
+    @property
+    def rounds_input(self) -> bool:
+        """See Scheme."""
+        return self.rounding is not None
+
     def activation(self, read: Read, module: str) -> Activation | None:
         """See Scheme."""
         return None if self.rounding is None else self.rounding.activation(read, module)

@@ -48,6 +48,11 @@ class Scheme(ABC):
         """How the input of ``module`` is rounded, None where it is not."""
         return None
 
+    @property
+    def rounds_input(self) -> bool:
+        """Whether config.json asks for a rounded input of every module of this scheme."""
+        return False
+
     def check(self, module: str, shape: Shape) -> None:
         """Raises QuantizationError for a weight whose shape the scheme cannot have."""
         return

@@ -17,8 +17,9 @@ from exporters.ops._registry import fused_op
 
 @dataclass(frozen=True)
 class Format:
-    """A narrow type: its range, and the bits of its mantissa and its least exponent where it is a float."""
+    """A narrow type: its bits, its range, and the bits of its mantissa and its exponents where it is a float."""
 
+    bits: int
     low: float
     high: float
     mantissa: int | None = None
@@ -27,10 +28,10 @@ class Format:
 
 #: Encoding of an activation -> its type. OCP: 8-bit floating point 1.0, microscaling (MX) 1.0.
 FORMATS = {
-    "int4": Format(-8.0, 7.0),
-    "int8": Format(-128.0, 127.0),
-    "float8_e4m3fn": Format(-448.0, 448.0, 3, range(-6, 9)),
-    "float4_e2m1fn": Format(-6.0, 6.0, 1, range(0, 3)),
+    "int4": Format(4, -8.0, 7.0),
+    "int8": Format(8, -128.0, 127.0),
+    "float8_e4m3fn": Format(8, -448.0, 448.0, 3, range(-6, 9)),
+    "float4_e2m1fn": Format(4, -6.0, 6.0, 1, range(0, 3)),
 }
 #: In the place of a scale of 0: torch.finfo's eps of float32, and of float8_e4m3fn.
 EPSILON, EPSILON_8 = 2.0**-23, 2.0**-3

@@ -32,9 +32,11 @@ from exporters.backends import Job, load_exporter
 from exporters.checkpoint import Checkpoint
 from exporters.encodings import values
 from exporters.families.decoder_lm import build_reference, capture_lm
+from exporters.plan import plan_entries
 from exporters.quantization_config import module_schemes
 from exporters.quantized import QuantizedTensor
 from exporters.student import load_student
+from exporters.traffic import narrowest_input
 from tests.exporters.plain import CONTEXT, write_plain
 
 FP8 = dict(num_bits=8, type="float", symmetric=True)
@@ -243,3 +245,12 @@ def test_the_captured_model_computes_the_same(name: str, checkpoint: Any, tmp_pa
     difference = np.abs(got - logits[:, -1].numpy()).max() / np.abs(logits.numpy()).max()
     assert difference < 2e-2
     assert np.corrcoef(got[0], logits[0, -1].numpy())[0, 1] > 0.9999
+
+
+@pytest.mark.parametrize(("name", "bits"), [("nvfp4", 4), ("w8a8-token", 8)])
+def test_a_fast_mode_does_not_round_again_what_has_4_bits(name: str, bits: int, checkpoint: Any) -> None:
+    program = capture_lm(checkpoint(name)[0], CONTEXT)
+    assert narrowest_input(program) == bits
+    reasons = {entry.label: entry.left_out for entry in plan_entries(load_profile("host"), program, ["onnx"])}
+    assert reasons["onnx/fused/exact"] == ""
+    assert ("rounds its input to 4 bits" in reasons["onnx/fused/fast"]) == (bits == 4)

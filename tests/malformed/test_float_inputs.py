@@ -261,3 +261,17 @@ def test_fields_that_are_not_carried_over(
     folder: Callable[..., Path], case: str, change: Callable[[dict[str, Any]], object], word: str
 ) -> None:
     load_refused(folder(case, config=change), QuantizationError, word)
+
+
+def test_a_tied_head_cannot_round_its_input(folder: Callable[..., Path]) -> None:
+    """The scheme matches it, and nothing of it would arrive: the head multiplies with the embedding's weight."""
+    path = folder("static", config=lambda config: config.update(ignore=[]))
+    tensors = load_file(path / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    stored = json.loads((path / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (path / "config.json").write_text(json.dumps(stored))
+    load_refused(path, QuantizationError, "lm_head", "ignore")
+    stored["quantization_config"]["ignore"] = ["lm_head"]
+    (path / "config.json").write_text(json.dumps(stored))
+    assert len(loads(path).activations) == 7
