@@ -13,7 +13,7 @@ import torch
 
 from exporters.families.attention import RangeReader
 from exporters.families.decoder_lm import build_reference
-from exporters.quantise.calibration import WAY_OUT, Calibration, CalibrationError, batch
+from exporters.quantise.calibration import LONGEST, WAY_OUT, Calibration, CalibrationError, batch
 
 if TYPE_CHECKING:
     from exporters.student import Student
@@ -24,8 +24,12 @@ MARGIN = 1.25
 _FLOOR = 1e-6
 
 
-def cache_steps(student: Student, calibration: Calibration | None) -> Mapping[str, np.ndarray]:
+def cache_steps(student: Student, calibration: Calibration | None, capacity: int) -> Mapping[str, np.ndarray]:
     """Name of a state -> its steps float32 [kv_heads, 1, D], keys and values of every layer in turn.
+
+    Args:
+        capacity: positions of the cache. RoPE turns a key by its position, so a channel reaches further at positions
+            that short rows never have: the rows are joined to chains as long as the cache, or as LONGEST.
 
     Raises:
         CalibrationError: there is no calibration data.
@@ -34,7 +38,7 @@ def cache_steps(student: Student, calibration: Calibration | None) -> Mapping[st
         raise CalibrationError(
             "an int8 KV cache is fitted to data, and there is none", where=str(student.folder), way_out=WAY_OUT
         )
-    ids, kept = batch(calibration.rows)
+    ids, kept = batch(torch.cat(calibration.rows).split(min(capacity, LONGEST)))
     reader = RangeReader(kept)
     with torch.no_grad():
         build_reference(student).base_model(input_ids=ids, past_key_values=reader, use_cache=True)

@@ -94,7 +94,7 @@ def plan(
     steps = None
     if asked is not None and profile.quantise.kv_cache is not None:
         progress("fit the int8 cache", 0)
-        steps = cache_steps(student, calibration)
+        steps = cache_steps(student, calibration, capacity)
     for program in capture_student(student, capacity, steps):
         progress(f"capture {program.entry}", 0)
         programs[program.entry] = program

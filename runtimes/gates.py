@@ -39,6 +39,7 @@ _TIE = "hand-set: a code whose two nearest entries are equally far may flip in f
 _FAST = "hand-set: activations may cost what int4 weights may"
 _HALF = "hand-set: ten times the starting limit of the exact mode, where the bundle has no noise floor"
 _CACHE = "hand-set: an int8 cache may cost what int8 weights may"
+_NEAR = "hand-set: near-ties may flip as often as with int8 activations (fast_same_top); mean_kl says how near they are"
 _EIGHT = "hand-set: what 8-bit weights may move a picture or a sound by, on top of the loss against the original"
 _VIEW = "hand-set: the fp16 decoder limit of 40 dB, in the terms of the medium"
 
@@ -50,7 +51,7 @@ _EXPORT_QUANTISED = {
 }
 _EXPORT_FAST = {"mean_kl": Limit(0.05, _FAST), "p999_kl": Limit(5.0, _TAIL), "same_top": Limit(0.91, _FAST)}
 _EXPORT_HALF = {"mean_kl": Limit(1e-3, _HALF), "p999_kl": Limit(0.1, _TAIL), "same_top": Limit(0.98, _HALF)}
-_EXPORT_CACHE = {"mean_kl": Limit(0.005, _CACHE), "p999_kl": Limit(0.5, _TAIL), "same_top": Limit(0.97, _CACHE)}
+_EXPORT_CACHE = {"mean_kl": Limit(0.005, _CACHE), "p999_kl": Limit(0.5, _TAIL), "same_top": Limit(0.95, _NEAR)}
 _SIGNAL_VIEW = {"psnr": Limit(40.0, _VIEW), "ssim": Limit(0.99, _VIEW), "si_snr": Limit(40.0, _VIEW)}
 _SIGNAL_FLOAT = {"relative_max_error": Limit(1e-4, _START), **_SIGNAL_VIEW}
 _SIGNAL_HALF = {"snr": Limit(40.0, _START), **_SIGNAL_VIEW}
