@@ -94,19 +94,23 @@ def _(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: f
     return torch.empty_like(x)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::gelu_tanh", mutates_args=())
-def gelu_tanh(x: Tensor) -> Tensor:
-    """GELU by tanh; the vendor's own translation passes over the keyword that says so, and takes the exact one."""
-    return torch.nn.functional.gelu(x, approximate="tanh")
+@torch.library.custom_op(f"{NAMESPACE}::gelu", mutates_args=())
+def gelu(x: Tensor, approximate: str) -> Tensor:
+    """GELU; the vendor's own translation passes over the keyword that asks for the one by tanh."""
+    return torch.nn.functional.gelu(x, approximate=approximate)
 
 
-@gelu_tanh.register_fake
-def _(x: Tensor) -> Tensor:
+@gelu.register_fake
+def _(x: Tensor, approximate: str) -> Tensor:
     return torch.empty_like(x)
 
 
 def _gelu(x: Tensor, approximate: str = "none") -> Tensor:
-    return gelu_tanh(x) if approximate == "tanh" else torch.ops.aten.gelu(x)
+    return gelu(x, approximate)
+
+
+#: PyTorch's word for how GELU is computed -> Core ML's
+_GELU_MODES = {"none": "EXACT", "tanh": "TANH_APPROXIMATION"}
 
 
 def _float_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -608,7 +612,7 @@ LOWERINGS: Mapping[str, Callable[..., Any]] = {
     "edge::rope_angles": _rope_angles,
     "edge_coreml::attention": _attention,
     "edge_coreml::linear": _linear,
-    "edge_coreml::gelu_tanh": lambda scope, name, x: mb.gelu(x=x, mode="TANH_APPROXIMATION", name=name),
+    "edge_coreml::gelu": lambda scope, name, x, mode: mb.gelu(x=x, mode=_GELU_MODES[mode], name=name),
     "edge_coreml::group_norm": _group_norm,
     "cdist": _cdist,
     whole_quotient.__name__: _whole_quotient,

@@ -95,7 +95,10 @@ CASES: Mapping[str, Case] = {
     "stablelm": Case("stablelm", {}),
     "gpt_neox": Case("gpt_neox", {}),
     "olmo2": Case("olmo2", dict(hidden_size=64), GQA),
-    "granite": Case("granite", dict(embedding_multiplier=3.0, logits_scaling=2.0, residual_multiplier=0.5)),
+    "granite": Case(
+        "granite",
+        dict(embedding_multiplier=3.0, logits_scaling=2.0, residual_multiplier=0.5, attention_multiplier=0.25),
+    ),
     "qwen3_moe": Case("qwen3_moe", dict(head_dim=16, norm_topk_prob=True), GQA),
     "qwen3_moe-dense-layer": Case("qwen3_moe", dict(norm_topk_prob=False, mlp_only_layers=[1])),
     "mixtral": Case("mixtral", dict(sliding_window=7), GQA),
