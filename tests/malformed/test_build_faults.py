@@ -36,7 +36,8 @@ from tests.exporters.plain import one_form
 
 def run(task):
     def progress(stage, size):
-        if stage == task["stage"]:
+        # An export dies in the midst of its weights, any other stage where it begins.
+        if stage == task["stage"] and (size or not stage.startswith("export")):
             os.kill(os.getpid(), signal.SIGKILL)
     package, output = Path(task["package"]), Path(task["output"])
     build(Request(one_form(), package, None, output, context=task["context"], bench=False), progress)
@@ -60,14 +61,14 @@ for line in sys.stdin:
 
 #: Every stage that a build of a quantised language model reports, in order.
 STAGES = (
-    "check packages", "lock", "build", "load", "capture lm", "export lm for onnx", "export lm", "finish onnx",
+    "check packages", "lock", "build", "load", "capture lm", "export lm for onnx", "finish onnx",
     "read back lm onnx/fused/exact", "golden outputs of lm", "sync", "hash", "manifest", "parity",
     "rename", "renamed", "done",
 )  # fmt: skip
 #: From here on the new bundle is in its place.
 PUBLISHED = STAGES.index("renamed")
 #: Those that are tried in every run; the others when long tests are.
-USUAL = ("export lm", "manifest", "renamed")
+USUAL = ("export lm for onnx", "manifest", "renamed")
 OLD, NEW, NEXT = 80, 96, 88
 
 
@@ -154,7 +155,7 @@ def test_two_builders_on_one_output(builders: Builders, request_: Request) -> No
     answers = []
 
     def second(stage: str, size: int) -> None:
-        if stage == "export lm for onnx":
+        if stage == "export lm for onnx" and not answers:
             answers.append(builders.build(replace(request_, context=NEXT)))
 
     build(request_, second)
