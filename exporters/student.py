@@ -297,7 +297,9 @@ def load_student(folder: str | Path, progress: Bytes = ignore) -> Student:
     for module in quantized:
         progress(quantized[module].codes.nbytes)
     activations = {
-        name: found for name, scheme in schemes.items() if (found := scheme.activation(checkpoint.tensor, name))
+        own.get(name, name): found
+        for name, scheme in schemes.items()
+        if (found := scheme.activation(checkpoint.tensor, name))
     }
     files = dict(package.files)
     if not package.plain:
