@@ -17,7 +17,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +34,7 @@ from runtimes.bench import BUDGET, USUAL, bench, check_budgets
 from runtimes.bundle import Bundle, load_bundle, staged
 from runtimes.errors import Fault
 from runtimes.parity import LOSS, Selection, check
-from runtimes.report import Matrix, Report, Result, print_report, read_report, write_report
+from runtimes.report import Report, Result, print_report, read_report, write_report
 
 if TYPE_CHECKING:
     from exporters.stages import Planned
@@ -117,8 +117,7 @@ def build(request: Request, progress: Progress = quiet) -> tuple[Bundle, Report,
         bundle = stages.finish(planned, key, artifacts, golden_files, noise, floors, inherited, folder, progress)
         report = _measure(bundle, request, progress)
         if planned.quantised is not None:
-            rows = tuple(Matrix(**asdict(row)) for row in planned.quantised.matrices)
-            report = replace(report, quantisation=rows)
+            report = replace(report, quantisation=planned.quantised.matrices)
         write_report(folder, report)
         if faults(report) and not request.allow_failed:
             raise GateFailed(report, request.output)

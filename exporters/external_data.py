@@ -81,3 +81,12 @@ def _stored(tensor: ir.TensorProtocol) -> bytes | memoryview:
         return tensor.tobytes()
     values = np.ascontiguousarray(tensor.numpy())
     return memoryview(values.reshape(-1).view(np.uint8))
+
+
+def initializer_values(value: ir.Value) -> np.ndarray:
+    """An initializer's values, copied: an external tensor maps the file and holds it open, which hundreds must not."""
+    tensor = value.const_value
+    found = np.array(tensor.numpy())
+    if isinstance(tensor, ir.ExternalTensor):
+        tensor.release()
+    return found

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from exporters.families.attention import RangeReader
-from exporters.families.decoder_lm import build_reference
+from exporters.families.reference_lm import streamed_reference
 from exporters.quantise.calibration import LONGEST, WAY_OUT, Calibration, CalibrationError, batch
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def cache_steps(student: Student, calibration: Calibration | None, capacity: int
     ids, kept = batch(torch.cat(calibration.rows).split(min(capacity, LONGEST)))
     reader = RangeReader(kept)
     with torch.no_grad():
-        build_reference(student).base_model(input_ids=ids, past_key_values=reader, use_cache=True)
+        streamed_reference(student).base_model(input_ids=ids, past_key_values=reader, use_cache=True)
     steps = {}
     for layer in sorted(reader.keys):
         for kind, held in (("key", reader.keys), ("value", reader.values)):

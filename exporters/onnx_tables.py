@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from exporters.encodings import ENCODINGS, values
+from exporters.external_data import initializer_values
 from exporters.inheritance import StoredMatrix
 from exporters.passes.spell_tables import CODES, TYPES
 from exporters.program import Inherited
@@ -26,7 +27,7 @@ def read_table(node: ir.Node, layout: Inherited) -> StoredMatrix:
 
 def _dequantised(node: ir.Node, layout: Inherited) -> StoredMatrix:
     codes, scales = node.inputs[:2]
-    held = _held(codes).view(np.uint8).T
+    held = initializer_values(codes).view(np.uint8).T
     block = node.attributes["block_size"].as_int() if "block_size" in node.attributes else layout.columns
     return StoredMatrix(held, np.atleast_2d(_floats(scales)).T, None, layout.bits, block, _NAMES[codes.dtype])
 
@@ -36,19 +37,19 @@ def _gathered(cast: ir.Node, layout: Inherited) -> StoredMatrix:
     [gather] = cast.outputs[0].consumers()
     [reshape] = gather.outputs[0].consumers()
     [product] = reshape.outputs[0].consumers()
-    table = _held(gather.inputs[0])
+    table = initializer_values(gather.inputs[0])
     same = [name for name in ENCODINGS if np.array_equal(values(name), table, equal_nan=True)]
     scales = product.inputs[1]
     while not scales.is_initializer():  # a cast, of scales in float16
         scales = scales.producer().inputs[0]
     by_block = _floats(scales)[:, 0]
-    codes = _held(cast.inputs[0]).T
+    codes = initializer_values(cast.inputs[0]).T
     return StoredMatrix(codes, by_block.T, None, layout.bits, codes.shape[1] // len(by_block), *same or ["unknown"])
 
 
 def _bitsandbytes(node: ir.Node, layout: Inherited) -> StoredMatrix:
     rows, columns, block = (node.attributes[key].as_int() for key in ("N", "K", "block_size"))
-    packed = _held(node.inputs[1]).reshape(rows, -1)
+    packed = initializer_values(node.inputs[1]).reshape(rows, -1)
     codes = np.stack((packed >> 4, packed & 15), -1).reshape(rows, columns)
     encoding = "nf4" if node.attributes["quant_type"].as_int() == 1 else "unknown"
     return StoredMatrix(codes, _floats(node.inputs[2]).reshape(rows, -1), None, 4, block, encoding)
@@ -57,14 +58,5 @@ def _bitsandbytes(node: ir.Node, layout: Inherited) -> StoredMatrix:
 _READERS = {"DequantizeLinear": _dequantised, "Cast": _gathered, "MatMulBnb4": _bitsandbytes}
 
 
-def _held(value: ir.Value) -> np.ndarray:
-    """A copy: an external tensor maps the file and holds it open."""
-    tensor = value.const_value
-    found = np.array(tensor.numpy())
-    if isinstance(tensor, ir.ExternalTensor):
-        tensor.release()
-    return found
-
-
 def _floats(value: ir.Value) -> np.ndarray:
-    return _held(value).astype(np.float32)
+    return initializer_values(value).astype(np.float32)

@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from exporters.blocks import unpack_bits
+from exporters.external_data import initializer_values
 from exporters.inheritance import LazyMatrices, StoredMatrix
 from exporters.onnx_tables import read_table, table_name
 from exporters.passes.spell_tables import DOUBLED
@@ -62,7 +63,7 @@ def gathered(x: ir.Value) -> np.ndarray | None:
     source, axis = node.inputs[0], node.attributes["axis"].as_int()
     if source.const_value is not None or axis not in (-1, len(source.shape or ()) - 1):
         return None
-    return values(node.inputs[1])
+    return initializer_values(node.inputs[1])
 
 
 def order_of_product(weight: ir.Value) -> np.ndarray | None:
@@ -88,40 +89,31 @@ def _table(node: ir.Node) -> str:
 def _from_lookup(node: ir.Node, layout: Inherited) -> StoredMatrix:
     """A table of codes whose rows are gathered, with the scales and zero points of the same name."""
     initializers = node.graph.initializers
-    packed = values(node.inputs[0])
+    packed = initializer_values(node.inputs[0])
     rows, blocks = packed.shape[:2]
     prefix = _table(node)
     zeros = initializers.get(f"{prefix}.zeros")
     codes = unpack_bits(packed.reshape(rows, -1), layout.bits, blocks * layout.block)
-    points = None if zeros is None else unpack_bits(values(zeros), layout.bits, blocks)
-    scales = values(initializers[f"{prefix}.scales"])
+    points = None if zeros is None else unpack_bits(initializer_values(zeros), layout.bits, blocks)
+    scales = initializer_values(initializers[f"{prefix}.scales"])
     return StoredMatrix(codes, scales, points, layout.bits, layout.block, layout.encoding)
-
-
-def values(value: ir.Value) -> np.ndarray:
-    """A copy: each external tensor maps the file and holds it open, which hundreds of matrices must not."""
-    tensor = value.const_value
-    values = np.array(tensor.numpy())
-    if isinstance(tensor, ir.ExternalTensor):
-        tensor.release()
-    return values
 
 
 def _from_matmul(node: ir.Node) -> StoredMatrix:
     bits, block = node.attributes["bits"].as_int(), node.attributes["block_size"].as_int()
     _, codes, scales, zeros = node.inputs[:4] if len(node.inputs) > 3 else (*node.inputs[:3], None)
-    packed = values(codes)
+    packed = initializer_values(codes)
     rows, blocks = packed.shape[:2]
     unpacked = unpack_bits(packed.reshape(rows, -1), bits, blocks * block)
-    points = None if zeros is None else unpack_bits(values(zeros).reshape(rows, -1), bits, blocks)
-    return StoredMatrix(unpacked, values(scales).reshape(rows, blocks), points, bits, block)
+    points = None if zeros is None else unpack_bits(initializer_values(zeros).reshape(rows, -1), bits, blocks)
+    return StoredMatrix(unpacked, initializer_values(scales).reshape(rows, blocks), points, bits, block)
 
 
 def _from_dequantize(node: ir.Node) -> StoredMatrix:
     codes, scales, zeros = node.inputs
     bits = codes.dtype.bitwidth
-    unpacked, points = (values(value).astype(np.uint8) for value in (codes, zeros))
-    return StoredMatrix(unpacked, values(scales), points, bits, node.attributes["block_size"].as_int())
+    unpacked, points = (initializer_values(value).astype(np.uint8) for value in (codes, zeros))
+    return StoredMatrix(unpacked, initializer_values(scales), points, bits, node.attributes["block_size"].as_int())
 
 
 def _from_planes(node: ir.Node) -> StoredMatrix:

@@ -10,9 +10,10 @@ import numpy as np
 import onnx_ir as ir
 
 from exporters.blocks import unpack_bits
+from exporters.external_data import initializer_values
 from exporters.inheritance import StoredMatrix
 from exporters.onnx_tables import read_table, table_name
-from exporters.onnx_weights import gathered, order_of_product, values
+from exporters.onnx_weights import gathered, order_of_product
 from exporters.ops.tensorrt import EDGE, WEIGHTS_AT
 from exporters.passes.spell_products import CODES, OFFSETS
 from exporters.passes.words import SUFFIX
@@ -55,22 +56,22 @@ def _stored(model: ir.Model, inherited: Mapping[str, Inherited]) -> Iterator[tup
 
 def _from_signed(node: ir.Node, offsets: ir.Value | None, layout: Inherited) -> StoredMatrix:
     middle = 2 ** (layout.bits - 1)
-    codes = (values(node.inputs[0]).astype(np.int16) + middle).astype(np.uint8).T
-    scales = np.atleast_2d(values(node.inputs[1]).astype(np.float32)).T
+    codes = (initializer_values(node.inputs[0]).astype(np.int16) + middle).astype(np.uint8).T
+    scales = np.atleast_2d(initializer_values(node.inputs[1]).astype(np.float32)).T
     block = node.attributes["block_size"].as_int() if "block_size" in node.attributes else layout.columns
     bits = max(layout.bits, 4)  # of the field: 2 bits lie in INT4
     if offsets is None:
         points = None if bits == layout.bits else np.full(scales.shape, middle, np.uint8)
         return StoredMatrix(codes, scales, points, bits, block)
     # Offsets are whole numbers: half a step in the file is damage, and must not be rounded away.
-    exact = middle - values(offsets).astype(np.float32).T
+    exact = middle - initializer_values(offsets).astype(np.float32).T
     points = np.clip(np.nan_to_num(np.rint(exact)), 0, 2 * middle - 1)
     stored = StoredMatrix(codes, scales, points.astype(np.uint8), bits, block)
     return stored if np.array_equal(points, exact) else _broken(stored)
 
 
 def _from_words(codes: ir.Value, scales: ir.Value, zeros: ir.Value | None, layout: Inherited) -> StoredMatrix:
-    table = values(scales).astype(np.float32)
+    table = initializer_values(scales).astype(np.float32)
     blocks = table.shape[1]
     points = None if zeros is None else unpack_bits(_bytes(zeros), layout.bits, blocks)
     return StoredMatrix(
@@ -84,7 +85,7 @@ def _from_words(codes: ir.Value, scales: ir.Value, zeros: ir.Value | None, layou
 
 
 def _bytes(words: ir.Value) -> np.ndarray:
-    table = np.ascontiguousarray(values(words), "<i4")
+    table = np.ascontiguousarray(initializer_values(words), "<i4")
     return table.view(np.uint8).reshape(table.shape[0], -1)
 
 

@@ -8,17 +8,16 @@ is one matrix of a layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from exporters.families.activation_hooks import round_inputs
+from exporters.families.streaming import empty_model, on_meta
 
 if TYPE_CHECKING:
     from exporters.student import Student
@@ -38,8 +37,7 @@ def streamed_reference(student: Student, dtype: torch.dtype = torch.float32) -> 
 
     It is called as any other; what it holds between two calls is its buffers.
     """
-    with _parameters_on_meta():
-        model = AutoModelForCausalLM.from_config(student.library_config(), dtype=dtype).eval()
+    model = empty_model(student, dtype)
     opened = opener(student)
     names = {module: name for name, module in model.named_modules()}
     head = model.get_output_embeddings()
@@ -121,7 +119,7 @@ def _rows_needed(stored: list[tuple[str, str]], opened: Open) -> Callable[..., t
 def _release(stored: list[tuple[str, str]]) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         for part, _ in stored:
-            setattr(module, part, _meta(getattr(module, part)))
+            setattr(module, part, on_meta(getattr(module, part)))
 
     return hook
 
@@ -129,19 +127,3 @@ def _release(stored: list[tuple[str, str]]) -> Callable[..., None]:
 def _set(module: nn.Module, part: str, values: Tensor) -> None:
     """The parameter with these values, in the dtype that the model computes in."""
     setattr(module, part, nn.Parameter(values.to(getattr(module, part).dtype), requires_grad=False))
-
-
-def _meta(parameter: Tensor) -> nn.Parameter:
-    return nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Modules that are built inside keep no parameter; their buffers, such as RoPE frequencies, are computed."""
-    handle = register_module_parameter_registration_hook(
-        lambda module, name, parameter: None if parameter is None else _meta(parameter)
-    )
-    try:
-        yield
-    finally:
-        handle.remove()

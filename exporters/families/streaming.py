@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -32,32 +33,25 @@ class Call:
 Visit = Callable[[str, Call], None]
 
 
-def empty_model(student: Student) -> PreTrainedModel:
-    """The model on the meta device; what is no part of a checkpoint, such as RoPE frequencies, has its values."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(student.library_config(), dtype=torch.float32).eval()
-    for module in model.modules():
-        stored = module.state_dict()
-        computed = [name for name, _ in module.named_buffers(recurse=False) if name not in stored]
-        for name in computed:
-            setattr(module, name, torch.empty_like(getattr(module, name), device="cpu"))
-        if computed:
-            # The one place where a family says what such buffers hold; from_pretrained fills them by it as well.
-            model._init_weights(module)
-    return model
+def empty_model(student: Student, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model with its parameters on the meta device; its buffers, such as RoPE frequencies, have their values."""
+    handle = register_module_parameter_registration_hook(
+        lambda module, name, parameter: None if parameter is None else on_meta(parameter)
+    )
+    try:
+        return AutoModelForCausalLM.from_config(student.library_config(), dtype=dtype).eval()
+    finally:
+        handle.remove()
+
+
+def on_meta(parameter: Tensor) -> nn.Parameter:
+    """A parameter of the same shape and dtype without values."""
+    return nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
 
 
 def student_reader(student: Student) -> Read:
-    """Reads a student's own tensors, the quantised ones dequantised."""
-
-    def read(name: str) -> Tensor:
-        name = student.tied.get(name, name)
-        module = name.removesuffix(".weight")
-        if module in student.quantized:
-            return torch.from_numpy(student.quantized[module].dequantize())
-        return student.tensor(name).float()
-
-    return read
+    """Reads a student's own parameters and buffers, tied ones too."""
+    return lambda name: student.parameter(student.tied.get(name, name))
 
 
 @torch.no_grad()
@@ -139,5 +133,4 @@ def unload(module: nn.Module) -> None:
     """Back to the meta device, but for what was computed."""
     for key, parameter in list(module.named_parameters()):
         owner, _, last = key.rpartition(".")
-        meta = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
-        setattr(module.get_submodule(owner), last, meta)
+        setattr(module.get_submodule(owner), last, on_meta(parameter))

@@ -19,7 +19,7 @@ from exporters.activations import Activation
 from exporters.errors import QuantizationError
 from exporters.formats import scheme
 from exporters.formats.compressed_activations import Rounding, spread_rows
-from exporters.formats.scheme import AGAIN, SCALES, Array, Layout, Read, Scheme, Shape, ceil
+from exporters.formats.scheme import AGAIN, SCALES, Array, Layout, Read, Scheme, Shape, ceil, check_group
 from exporters.quantized import QuantizedTensor
 
 if TYPE_CHECKING:
@@ -57,12 +57,8 @@ class FloatScheme(Scheme):
             raise QuantizationError(
                 f"K = {shape[1]} is odd, two codes fill a byte", where=f"{module}.weight_packed", way_out=AGAIN
             )
-        if rows == 1 and columns is not None and shape[1] % columns:
-            raise QuantizationError(
-                f"group_size {columns} does not divide K = {shape[1]}",
-                where=f"{module}.weight",
-                way_out="Quantise with a group size that divides it; padding would change the weights",
-            )
+        if rows == 1 and columns is not None:
+            check_group(module, columns, shape[1])
         if self.rounding is not None:
             self.rounding.check(module, shape[1])
 

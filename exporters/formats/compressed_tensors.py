@@ -24,7 +24,7 @@ from exporters.errors import QuantizationError
 from exporters.formats import matching, scheme
 from exporters.formats.compressed_activations import Rounding, rounding
 from exporters.formats.compressed_floats import FloatScheme
-from exporters.formats.scheme import SCALES, Array, Layout, Read, Scheme, Shape, ceil
+from exporters.formats.scheme import SCALES, Array, Layout, Read, Scheme, Shape, ceil, check_group
 from exporters.quantized import QuantizedTensor
 
 if TYPE_CHECKING:
@@ -53,12 +53,8 @@ class IntegerScheme(Scheme):
 
     def check(self, module: str, shape: Shape) -> None:
         """Refuse a group size that does not divide K: the library cannot dequantise a shorter last group."""
-        if self.group is not None and shape[1] % self.group:
-            raise QuantizationError(
-                f"group_size {self.group} does not divide K = {shape[1]}",
-                where=f"{module}.weight",
-                way_out="Quantise with a group size that divides it; padding would change the weights",
-            )
+        if self.group is not None:
+            check_group(module, self.group, shape[1])
         if self.rounding is not None:
             self.rounding.check(module, shape[1])
 

@@ -102,6 +102,16 @@ def ceil(count: int, by: int) -> int:
     return -(-count // by)
 
 
+def check_group(module: str, group: int, columns: int) -> None:
+    """Refuses groups of columns that do not fill a row."""
+    if columns % group:
+        raise QuantizationError(
+            f"group_size {group} does not divide K = {columns}",
+            where=f"{module}.weight",
+            way_out="Quantise with a group size that divides it; padding would change the weights",
+        )
+
+
 def dtype_name(tensor: torch.Tensor) -> str:
     """ "float16" of torch.float16."""
     return str(tensor.dtype).removeprefix("torch.")

@@ -96,11 +96,6 @@ def batch(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return ids, kept
 
 
-def calibration_files(folder: Path) -> list[Path]:
-    """Every file of a folder, sorted; for the build's key. Raises CalibrationError for what is no folder."""
-    return sorted(_files(folder))
-
-
 def _files(folder: Path) -> Iterator[Path]:
     if not folder.is_dir():
         raise CalibrationError("is not a folder", where=f"--calibration {folder}", way_out=WAY_OUT)
