@@ -6,6 +6,7 @@ import hashlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import EllipsisType
 
 import numpy as np
 import onnx_ir as ir
@@ -17,6 +18,8 @@ THRESHOLD = 256
 #: Key of a lazy tensor's `meta`: the object that its bytes come from unchanged. Two tensors of one source are equal, so
 #: the second is not even loaded.
 SOURCE = "source"
+#: Key of a lazy tensor's `meta`: in how many equal pieces along its first axis other models of the file may have it.
+PIECES = "pieces"
 
 
 class WeightFile:
@@ -60,19 +63,27 @@ class WeightFile:
     def _offset(self, tensor: ir.TensorProtocol) -> int:
         source = tensor.meta.get(SOURCE)
         if source is None:
-            return self._write(_stored(tensor))
+            return self._write(_stored(tensor), tensor.meta.get(PIECES, 1))
         if id(source) not in self._sources:
             self._sources[id(source)] = source, self._write(_stored(tensor))
         return self._sources[id(source)][1]
 
-    def _write(self, data: bytes | memoryview) -> int:
-        key = (hashlib.sha256(data).hexdigest(), len(data))
+    def _write(self, data: bytes | memoryview, pieces: int = 1) -> int:
+        key = _key(data)
         if key not in self._offsets:
             self._file.write(bytes(-self._file.tell() % ALIGNMENT))
-            self._offsets[key] = self._file.tell()
+            start = self._offsets[key] = self._file.tell()
             self._file.write(data)
             self._progress(len(data))
+            size = len(data) // pieces
+            if pieces > 1 and size % ALIGNMENT == 0:
+                for offset in range(0, len(data), size):
+                    self._offsets.setdefault(_key(data[offset : offset + size]), start + offset)
         return self._offsets[key]
+
+
+def _key(data: bytes | memoryview) -> tuple[str, int]:
+    return hashlib.sha256(data).hexdigest(), len(data)
 
 
 def _stored(tensor: ir.TensorProtocol) -> bytes | memoryview:
@@ -83,10 +94,11 @@ def _stored(tensor: ir.TensorProtocol) -> bytes | memoryview:
     return memoryview(values.reshape(-1).view(np.uint8))
 
 
-def initializer_values(value: ir.Value) -> np.ndarray:
-    """An initializer's values, copied: an external tensor maps the file and holds it open, which hundreds must not."""
+def initializer_values(value: ir.Value, part: int | EllipsisType = ...) -> np.ndarray:
+    """An initializer's values, or one part of them along the first axis, copied: an external tensor maps the file and
+    holds it open, which hundreds must not."""
     tensor = value.const_value
-    found = np.array(tensor.numpy())
+    found = np.array(tensor.numpy()[part])
     if isinstance(tensor, ir.ExternalTensor):
         tensor.release()
     return found

@@ -122,17 +122,26 @@ def _bytes(program: Program, prefix: str) -> int:
 def _matrix(
     where: str, inherited: Inherited, stored: StoredMatrix | None, student: Mapping[str, QuantizedTensor]
 ) -> Iterator[tuple[str, bool]]:
-    start = 0
     rows_in = None if inherited.row_order is None else student[inherited.row_order].order
-    for source, rows in zip(inherited.sources, inherited.rows, strict=True):
+    for source, span in zip(inherited.sources, _spans(inherited), strict=True):
         tensor = student[source]
-        span = slice(start, start + rows)
-        start += rows
         parts = ["codes", "scales", "zero points"]
         if tensor.order is not None:
             parts.append("order")
         same = (False,) * 4 if stored is None else _tensor(tensor, stored, span, inherited, rows_in)
         yield from zip((f"{where} ({source}) {part}" for part in parts), same, strict=False)
+
+
+def _spans(inherited: Inherited) -> Iterator[slice]:
+    """The rows of each source."""
+    start = 0
+    for index, rows in enumerate(inherited.rows):
+        if inherited.paired:
+            first = start - index % 2 * rows
+            yield slice(first + index % 2, first + 2 * rows, 2)
+        else:
+            yield slice(start, start + rows)
+        start += rows
 
 
 def _tensor(

@@ -9,9 +9,10 @@ The discretizers have the two exact forms.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from exporters.inheritance import StoredMatrix
 from exporters.onnx_lowering import translate
 from exporters.passes import model_passes
 from exporters.passes.context import ModelPass
+from exporters.passes.fuse_experts import fuse_experts, fuse_experts_fast, unread
 from exporters.program import Program
 from exporters.traffic import stored_precision
 from runtimes.bundle import Artifact
@@ -53,6 +55,8 @@ FORMS: Mapping[tuple[str, str], Form] = {
     ("fused", "fast"): Form("onnx/fused", 23, model_passes.FUSED_FAST),
     ("standard", "exact"): Form("onnx/standard", 24, model_passes.STANDARD),
 }
+#: pass -> the first ONNX Runtime whose kernels it was measured with; for an older one a model is made without it.
+SINCE: Mapping[ModelPass, tuple[int, int]] = dict.fromkeys((fuse_experts, fuse_experts_fast), (1, 31))
 
 
 class OnnxExporter:
@@ -87,7 +91,7 @@ class OnnxExporter:
         written, translated = [], {}
         with WeightFile(folder / f"{program.entry}.data", job.progress) as weights:
             for form, mode in job.kinds:
-                recipe = FORMS[form, mode]
+                recipe = for_runtime(FORMS[form, mode], job.profile.onnxruntime_version)
                 model = lower(program, recipe, translated)
                 weights.adopt(model)
                 path = folder / f"{program.entry}.{form}.{mode}.onnx"
@@ -107,6 +111,13 @@ class OnnxExporter:
     ) -> tuple[Artifact, Mapping[str, str]]:
         """See Exporter."""
         return onnx_observation.observe(folder, artifact, nodes, out)
+
+
+def for_runtime(recipe: Form, version: str | None) -> Form:
+    """The recipe without the passes that write what ONNX Runtime ``version``, None where it is not known, may lack."""
+    found = re.match(r"(\d+)\.(\d+)", version or "")
+    known = (0, 0) if found is None else (int(found[1]), int(found[2]))
+    return replace(recipe, passes=tuple(edit for edit in recipe.passes if SINCE.get(edit, (0, 0)) <= known))
 
 
 def lower(program: Program, recipe: Form, translated: dict[tuple[str, int], Any] | None = None) -> ir.Model:
@@ -130,7 +141,10 @@ def lower(program: Program, recipe: Form, translated: dict[tuple[str, int], Any]
 def _artifact(program: Program, form: str, mode: str, model: ir.Model, path: Path, data: Path, out: Path) -> Artifact:
     relative = [p.relative_to(out).as_posix() for p in (path, data)]
     operators = Counter(node.op_type for node in model.graph)
-    return new_artifact(program, OnnxExporter.name, (form, mode), relative, _precision(program, mode), operators)
+    made = new_artifact(program, OnnxExporter.name, (form, mode), relative, _precision(program, mode), operators)
+    if made.bytes_per_token is None:
+        return made
+    return replace(made, bytes_per_token=made.bytes_per_token - unread(model))
 
 
 def _precision(program: Program, mode: str) -> dict[str, str]:

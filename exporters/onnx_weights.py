@@ -15,6 +15,7 @@ from exporters.blocks import unpack_bits
 from exporters.external_data import initializer_values
 from exporters.inheritance import LazyMatrices, StoredMatrix
 from exporters.onnx_tables import read_table, table_name
+from exporters.passes.fuse_experts import EXPERTS, MATRICES
 from exporters.passes.spell_tables import DOUBLED
 from exporters.passes.split_bytes import SUFFIX
 from exporters.program import Inherited
@@ -37,11 +38,39 @@ def read_matrices(path: Path, inherited: Mapping[str, Inherited] = MappingProxyT
             readers[name] = partial(read_table, node, inherited[name])
         elif node.op_type == "MatMulNBits":
             readers[_matrix_name(node)] = partial(_from_product, node)
+        elif node.op_type == EXPERTS:
+            readers |= _of_experts(node)
         elif node.op_type == "DequantizeLinear":
             readers[_matrix_name(node)] = partial(_from_weight, node)
         elif node.op_type == "Gather" and (name := _table(node)) in inherited:
             readers.setdefault(name, partial(_from_lookup, node, inherited[name]))
     return LazyMatrices(readers)
+
+
+def _of_experts(node: ir.Node) -> dict[str, Callable[[], StoredMatrix]]:
+    """The matrices of a layer's experts, by the names that exporters/passes/fuse_experts.py gave them."""
+    first, *second = node.metadata_props[MATRICES].splitlines()
+    return {first: partial(_from_experts, node, None)} | {
+        name: partial(_from_experts, node, number) for number, name in enumerate(second)
+    }
+
+
+def _from_experts(node: ir.Node, expert: int | None) -> StoredMatrix:
+    """The first matrix, of all experts, or the second one of ``expert``."""
+    bits, block = node.attributes["expert_weight_bits"].as_int(), node.attributes["block_size"].as_int()
+    places, part = ((2, 3, 11), ...) if expert is None else ((5, 6, 12), expert)
+    codes, scales, zeros = (
+        None if value is None else _rows(initializer_values(value, part))
+        for value in (node.inputs[place] for place in places)
+    )
+    blocks = scales.shape[1]
+    points = None if zeros is None else unpack_bits(zeros, bits, blocks)
+    order = gathered(node.inputs[0]) if expert is None else None
+    return StoredMatrix(unpack_bits(codes, bits, blocks * block), scales, points, bits, block, order=order)
+
+
+def _rows(values: np.ndarray) -> np.ndarray:
+    return values.reshape(-1, values.shape[-1])
 
 
 def _from_product(node: ir.Node) -> StoredMatrix:

@@ -55,6 +55,7 @@ class Inherited:
         encoding: what the codes stand for (exporters/encodings.py).
         row_order: module behind it whose act-order the rows of every source are in: row i is a source's order[i].
         order_folded: the columns' act-order stands in the rows of the matrices in front, so no gather is left of it.
+        paired: the rows of every two sources alternate: those of one on even rows, of the other on odd ones.
     """
 
     sources: tuple[str, ...]
@@ -65,6 +66,7 @@ class Inherited:
     encoding: str = INTEGER
     row_order: str | None = None
     order_folded: bool = False
+    paired: bool = False
 
 
 @dataclass(frozen=True)

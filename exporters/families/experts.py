@@ -5,7 +5,8 @@ router's choice and its weights; checkpoints hold a Linear for each expert (expo
 product of all experts is one matrix product, and so is the second where the weights are float, with the columns of the
 experts side by side: sum_e w_e * (h_e @ D_e.T) is cat_e(w_e * h_e) @ cat_e(D_e).T.
 
-A step reads the weights of every expert, not of the chosen ones alone: E / k times as many.
+A step reads the weights of every expert, not of the chosen ones alone: E / k times as many. ONNX Runtime has an
+operator that reads those of the chosen ones; exporters/passes/fuse_experts.py puts it in the place of this form.
 """
 
 from __future__ import annotations
@@ -43,17 +44,28 @@ class DenseExperts(nn.Module):
         inner: linear layers that give, side by side, gate and up of every expert, [T, E*2I].
         outer: one linear layer from [T, E*I], or one for each expert from [T, I].
         gate: [.., 2I] -> [.., I].
+        paired: the features of an expert's gate and up alternate, instead of all of up behind all of gate.
     """
 
-    def __init__(self, inner: list[nn.Module], outer: list[nn.Module], experts: int, gate: Callable[[Tensor], Tensor]):
+    def __init__(
+        self,
+        inner: list[nn.Module],
+        outer: list[nn.Module],
+        experts: int,
+        gate: Callable[[Tensor], Tensor],
+        paired: bool = False,
+    ):
         super().__init__()
         self.inner, self.outer = nn.ModuleList(inner), nn.ModuleList(outer)
-        self.experts, self.gate = experts, gate
+        self.experts, self.gate, self.paired = experts, gate, paired
 
     def forward(self, rows: Tensor, choice: Tensor, weights: Tensor) -> Tensor:
         parts = [linear(rows) for linear in self.inner]
         joined = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-        weighted = self.gate(joined.unflatten(-1, (self.experts, -1))) * shares(choice, weights, self.experts)
+        each = joined.unflatten(-1, (self.experts, -1))
+        if self.paired:
+            each = each.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+        weighted = self.gate(each) * shares(choice, weights, self.experts)
         if len(self.outer) == 1:
             return self.outer[0](weighted.flatten(1))
         # A loop, not a product in three dimensions: each expert's quantised weights are a matrix of their own.
@@ -96,9 +108,9 @@ def dense_experts(path: str, module: nn.Module, config: PreTrainedConfig, matric
         )
     _prove(path, module, config)
     experts, width, _ = module.gate_up_proj.shape
-    inner = _inner(path, module.gate_up_proj, matrices)
+    inner, paired = _inner(path, module.gate_up_proj, matrices)
     outer = _outer(path, module.down_proj, matrices)
-    return DenseExperts(inner, outer, experts, _gate(module, width))
+    return DenseExperts(inner, outer, experts, _gate(module, width), paired)
 
 
 def _prove(path: str, module: nn.Module, config: PreTrainedConfig) -> None:
@@ -127,18 +139,24 @@ def _gate(module: nn.Module, width: int) -> Callable[[Tensor], Tensor]:
     return module._apply_gate
 
 
-def _inner(path: str, parameter: Tensor, matrices: Matrices) -> list[nn.Module]:
+def _inner(path: str, parameter: Tensor, matrices: Matrices) -> tuple[list[nn.Module], bool]:
+    """The layers, and whether the rows of gate and up alternate in them.
+
+    They do in a quantised matrix of all experts, as ONNX Runtime's operator wants them: codes are written once, for
+    whatever form reads them.
+    """
     name, (experts, width, hidden) = f"{path}.gate_up_proj", parameter.shape
     groups = matrices.student.experts.get(name)
     if groups is None:
         whole = matrices.float(name)
         rows = Constant(whole.dtype, (experts * width, hidden), lambda: whole.load().reshape(-1, hidden))
-        return [matrices.linear_of(f"{path}.inner.0", rows)]
+        return [matrices.linear_of(f"{path}.inner.0", rows)], False
     # Expert by expert, gate before up.
     sources = [_module(kind[index]) for index in range(experts) for kind in groups]
     if matrices.joinable(sources):
-        return [matrices.linear(f"{path}.inner.0", sources, bias=False)]
-    return [matrices.linear(f"{path}.inner.{index}", [source], bias=False) for index, source in enumerate(sources)]
+        paired = sources[0] in matrices.student.quantized and len(groups) == 2
+        return [matrices.linear(f"{path}.inner.0", sources, bias=False, paired=paired)], paired
+    return [matrices.linear(f"{path}.inner.{i}", [source], bias=False) for i, source in enumerate(sources)], False
 
 
 def _outer(path: str, parameter: Tensor, matrices: Matrices) -> list[nn.Module]:

@@ -55,8 +55,9 @@ class Matrices:
         with self.fake:
             return factory(*args, **kwargs)
 
-    def linear(self, path: str, sources: list[str], bias: bool) -> modules.FusedLinear:
-        matrix = self._matrix(f"{path}.matrix", sources)
+    def linear(self, path: str, sources: list[str], bias: bool, paired: bool = False) -> modules.FusedLinear:
+        """A linear layer over the matrices of ``sources``, stacked; ``paired``: see Inherited."""
+        matrix = self._matrix(f"{path}.matrix", sources, paired)
         parameter = None
         if bias:
             loads = [self._rows(source, "bias") for source in sources]
@@ -81,7 +82,7 @@ class Matrices:
         matrix = self._matrix(f"{path}.matrix", [path])
         return modules.FusedEmbedding(matrix) if scale is None else modules.ScaledEmbedding(matrix, scale)
 
-    def _matrix(self, path: str, sources: list[str]) -> nn.Module:
+    def _matrix(self, path: str, sources: list[str], paired: bool = False) -> nn.Module:
         if sources[0] not in self.student.quantized:
             loads = [self._rows(source, "weight") for source in sources]
             whole = _concatenated(loads)
@@ -100,7 +101,7 @@ class Matrices:
                 Constant(_dtype(buffer), (t.shape[0], *buffer.shape[1:]), partial(self._part, name, source))
                 for t, source in zip(tensors, sources, strict=True)
             ]
-            self.constants[f"{path}.{name}"] = _concatenated(parts)
+            self.constants[f"{path}.{name}"] = _paired(parts) if paired else _concatenated(parts)
         self.inherited[path] = Inherited(
             tuple(sources),
             tuple(t.shape[0] for t in tensors),
@@ -110,6 +111,7 @@ class Matrices:
             layout.encoding,
             self._row_orders.get(sources[0]),
             sources[0] in self._folded,
+            paired,
         )
         return matrix
 
@@ -146,6 +148,19 @@ def _concatenated(parts: list[Constant]) -> Constant:
         return parts[0]
     shape = (sum(p.shape[0] for p in parts), *parts[0].shape[1:])
     return Constant(parts[0].dtype, shape, lambda: np.concatenate([p.load() for p in parts]))
+
+
+def _paired(parts: list[Constant]) -> Constant:
+    """The parts, of one shape, whose rows alternate two by two."""
+    pairs = [
+        Constant(a.dtype, (2 * a.shape[0], *a.shape[1:]), partial(_alternating, a, b))
+        for a, b in zip(parts[::2], parts[1::2], strict=True)
+    ]
+    return _concatenated(pairs)
+
+
+def _alternating(first: Constant, second: Constant) -> np.ndarray:
+    return np.stack([first.load(), second.load()], 1).reshape(-1, *first.shape[1:])
 
 
 def _dtype(tensor: Tensor) -> str:

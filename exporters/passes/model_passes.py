@@ -5,6 +5,7 @@ from __future__ import annotations
 from exporters.passes.attach_head import attach_head
 from exporters.passes.attach_weights import attach_weights
 from exporters.passes.drop_unused import drop_unused
+from exporters.passes.fuse_experts import fuse_experts, fuse_experts_fast
 from exporters.passes.mark_origins import mark_origins
 from exporters.passes.name_nodes import name_nodes
 from exporters.passes.pack_words import pack_words
@@ -31,12 +32,13 @@ _ALL = (
 #: For ONNX Runtime, float32 activations.
 FUSED = (
     *_ALL,
+    fuse_experts,  # experts executed densely -> the operator that multiplies with the chosen ones alone
     transpose_weights,  # x @ W.T -> x @ W', with W' written transposed
     spell_gemms,  # Gemm -> FusedMatMul, and a tied table read where it lies
     split_bytes,  # 8-bit matrices -> two 4-bit planes, for which there is a kernel
 )
 #: For ONNX Runtime, int8 activations in the quantised products.
-FUSED_FAST = (*_ALL, transpose_weights, spell_gemms, set_fast_accuracy)
+FUSED_FAST = (*_ALL, fuse_experts_fast, transpose_weights, spell_gemms, set_fast_accuracy)
 #: For TensorRT's parser: explicit types, and functions in the place of what ONNX has no operator for.
 TENSORRT = (
     *_ALL,
@@ -50,6 +52,7 @@ TENSORRT = (
 #: The same with our kernels as nodes, whose plugins take the place of the functions on the device.
 TENSORRT_FUSED = (
     *_ALL,
+    fuse_experts,  # experts executed densely -> the operator that multiplies with the chosen ones alone
     attach_head,  # the product that makes the logits -> the kernel that picks the largest of a range of rows
     pack_words,  # weights of our nodes -> int32 words; no input is left out
     spell_products,

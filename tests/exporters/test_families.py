@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from exporters import inheritance
+from exporters.backends import load_exporter
 from exporters.families.decoder_lm import build_reference, capture_lm
 from exporters.student import load_student
 from tests.exporters.families_maker import (
@@ -160,7 +162,7 @@ def test_greedy_tokens_are_those_of_generate(name: str, tmp_path: Path) -> None:
     assert got == wanted
 
 
-QUANTISED = ["gemma2", "phi3-partial", "qwen3_moe", "mixtral"]
+QUANTISED = ["gemma2", "phi3-partial", "qwen3_moe", "qwen2_moe", "mixtral"]
 #: Sizes that groups of 16 divide; 48 is no power of two, and the experts are narrower than the layer.
 DIVISIBLE = dict(hidden_size=48, intermediate_size=80, moe_intermediate_size=32)
 
@@ -183,10 +185,17 @@ def test_four_bit_checkpoints_compute_with_their_own_codes(name: str, backend: s
     quantise(folder)
     student = load_student(folder)
     experts = [module for module in student.quantized if ".experts." in module]
-    assert len(experts) == (36 if "mo" in name or name == "mixtral" else 0)
+    moe = "moe" in name or name == "mixtral"
+    assert len(experts) == (36 if moe else 0)
     model = build_reference(student)
     program, ids = capture_lm(student, CAPACITY), tokens(sum(CHUNKS))
     assert {source for matrix in program.inherited.values() for source in matrix.sources} == set(student.quantized)
     (tmp_path / "out").mkdir()
     with opened(program, backend, (form, "exact"), tmp_path / "out") as session:
-        assert relative(steps(session, ids, CHUNKS), expected(model, ids, CHUNKS)) <= LIMIT
+        for chunks in (CHUNKS, SINGLE):
+            assert relative(steps(session, ids, chunks), expected(model, ids, chunks)) <= LIMIT
+        artifact = session.artifact
+    stored = load_exporter(backend).read_matrices(tmp_path / "out", artifact, program)
+    found = inheritance.compare(artifact.label, program, stored, student.quantized)
+    assert found.identical == found.total > 3 * len(experts) and not found.mismatches
+    assert artifact.operators.get("QMoE", 0) == (3 if moe and (backend, form) == ("onnx", "fused") else 0)
