@@ -112,9 +112,9 @@ def contenders(program: Program, mode: str, folder: Path, threads: int) -> dict[
     plain = replace(recipe, passes=tuple(edit for edit in recipe.passes if edit not in SINCE))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
-    made = {}
+    made, translated = {}, {}
     for name, each in (("fused", recipe), ("dense", plain)):
-        model = lower(program, each)
+        model = lower(program, each, translated)
         with WeightFile(folder / f"{name}.data") as weights:
             weights.adopt(model)
         ir.save(model, folder / f"{name}.onnx")

@@ -13,12 +13,15 @@ each row with the experts that it chose: k / E of the weights in a step.
 
 Experts that the kernel has no such product for stay as they are: other widths of a code, blocks that do not divide the
 matrix (it would dequantise them whole in every run), tables of values, an act-order of the second matrix, other gates.
+So do experts of floats: MoE, their operator, wants them turned otherwise than products do, and a bundle of this form
+and the standard one would hold them twice.
 Source: onnxruntime/contrib_ops/cpu/moe/moe_quantization_cpu.cc.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -30,7 +33,7 @@ from exporters.external_data import PIECES, SOURCE
 from exporters.passes.context import Context
 from exporters.passes.drop_unused import drop_unused
 from exporters.passes.editor import Editor
-from exporters.passes.initializers import add_initializer
+from exporters.passes.initializers import lazy_initializer
 from exporters.passes.set_accuracy_level import INT8_ACTIVATIONS
 
 #: Key of the operator's metadata: prefixes of the matrices in it, that of gates and ups first, one a line.
@@ -268,23 +271,22 @@ def _cut(model: ir.Model, value: ir.Value | None, experts: int) -> ir.Value | No
     if value is None:
         return None
     tensor = value.const_value
-    shape = (experts, tensor.shape[0] // experts, int(np.prod(tensor.shape[1:])))
-    cut = _lazy(value, shape, lambda: tensor.numpy().reshape(shape))
+    shape = (experts, tensor.shape[0] // experts, math.prod(tensor.shape[1:]))
+    cut = lazy_initializer(model, value.name + SUFFIX, value.dtype, shape, lambda: tensor.numpy().reshape(shape))
     if SOURCE in tensor.meta:
-        cut.meta[SOURCE] = tensor.meta[SOURCE]
-    return add_initializer(model, cut)
+        cut.const_value.meta[SOURCE] = tensor.meta[SOURCE]
+    return cut
 
 
 def _stacked(model: ir.Model, values: Sequence[ir.Value | None]) -> ir.Value | None:
     """E times [N, ..] as [E, N, rest of the row]."""
-    first = values[0]
+    first, tensors = values[0], [value.const_value for value in values if value is not None]
     if first is None:
         return None
-    tensors = [value.const_value for value in values]
-    shape = (len(tensors), tensors[0].shape[0], int(np.prod(tensors[0].shape[1:])))
-    stacked = _lazy(first, shape, partial(_fill, shape, tensors))
-    stacked.meta[PIECES] = len(tensors)
-    return add_initializer(model, stacked)
+    shape = (len(tensors), tensors[0].shape[0], math.prod(tensors[0].shape[1:]))
+    stacked = lazy_initializer(model, first.name + SUFFIX, first.dtype, shape, partial(_fill, shape, tensors))
+    stacked.const_value.meta[PIECES] = len(tensors)
+    return stacked
 
 
 def _fill(shape: tuple[int, ...], tensors: Sequence[ir.TensorProtocol]) -> np.ndarray:
@@ -293,11 +295,6 @@ def _fill(shape: tuple[int, ...], tensors: Sequence[ir.TensorProtocol]) -> np.nd
     for part, tensor in zip(filled, tensors, strict=True):
         part[:] = tensor.numpy().reshape(part.shape)
     return filled
-
-
-def _lazy(like: ir.Value, shape: tuple[int, ...], load: Callable[[], np.ndarray]) -> ir.LazyTensor:
-    name = f"{like.name}{SUFFIX}"
-    return ir.LazyTensor(lambda: ir.Tensor(load(), name=name), dtype=like.dtype, shape=ir.Shape(shape), name=name)
 
 
 def _ends(value: ir.Value, *sizes: int) -> bool:
