@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from exporters.onnx_lowering import translate
 from exporters.passes import model_passes
 from exporters.passes.context import ModelPass
 from exporters.passes.fuse_experts import fuse_experts, fuse_experts_fast, unread
+from exporters.passes.spell_integers import INTEGER_PRODUCTS
 from exporters.program import Program
 from exporters.traffic import stored_precision
 from runtimes.bundle import Artifact
@@ -141,14 +142,18 @@ def lower(program: Program, recipe: Form, translated: dict[tuple[str, int], Any]
 def _artifact(program: Program, form: str, mode: str, model: ir.Model, path: Path, data: Path, out: Path) -> Artifact:
     relative = [p.relative_to(out).as_posix() for p in (path, data)]
     operators = Counter(node.op_type for node in model.graph)
-    made = new_artifact(program, OnnxExporter.name, (form, mode), relative, _precision(program, mode), operators)
+    precision = _precision(program, mode, operators)
+    made = new_artifact(program, OnnxExporter.name, (form, mode), relative, precision, operators)
     if made.bytes_per_token is None:
         return made
     return replace(made, bytes_per_token=made.bytes_per_token - unread(model))
 
 
-def _precision(program: Program, mode: str) -> dict[str, str]:
+def _precision(program: Program, mode: str, operators: Collection[str]) -> dict[str, str]:
+    activations = "int8 per block" if mode == "fast" else "float32"
+    if not INTEGER_PRODUCTS.keys().isdisjoint(operators):
+        activations += " + int8 as the student rounds them"
     return {
         "weights": stored_precision(program),
-        "activations": "int8 per block" if mode == "fast" else "float32",
+        "activations": activations,
     } | ({"cache": "int8 per channel"} if any(state.dtype == "int8" for state in program.states) else {})

@@ -16,6 +16,8 @@ from exporters.external_data import initializer_values
 from exporters.inheritance import LazyMatrices, StoredMatrix
 from exporters.onnx_tables import read_table, table_name
 from exporters.passes.fuse_experts import EXPERTS, MATRICES
+from exporters.passes.spell_integers import CODES as INTEGERS
+from exporters.passes.spell_integers import INTEGER_PRODUCTS, OFFSET, SCALES
 from exporters.passes.spell_tables import DOUBLED
 from exporters.passes.split_bytes import SUFFIX
 from exporters.program import Inherited
@@ -40,6 +42,8 @@ def read_matrices(path: Path, inherited: Mapping[str, Inherited] = MappingProxyT
             readers[_matrix_name(node)] = partial(_from_product, node)
         elif node.op_type == EXPERTS:
             readers |= _of_experts(node)
+        elif node.op_type in INTEGER_PRODUCTS:
+            readers[_matrix_name(node)] = partial(_from_integers, node)
         elif node.op_type == "DequantizeLinear":
             readers[_matrix_name(node)] = partial(_from_weight, node)
         elif node.op_type == "Gather" and (name := _table(node)) in inherited:
@@ -107,8 +111,9 @@ def order_of_product(weight: ir.Value) -> np.ndarray | None:
 
 
 def _matrix_name(node: ir.Node) -> str:
-    codes = node.inputs[1] if node.op_type == "MatMulNBits" else node.inputs[0]
-    return codes.name.removesuffix(".typed").removesuffix(SUFFIX).removesuffix(".codes").removesuffix(DOUBLED)
+    codes = node.inputs[0] if node.op_type == "DequantizeLinear" else node.inputs[1]
+    name = codes.name.removesuffix(".typed").removesuffix(SUFFIX).removesuffix(".codes").removesuffix(DOUBLED)
+    return name.removesuffix(INTEGERS)
 
 
 def _table(node: ir.Node) -> str:
@@ -136,6 +141,18 @@ def _from_matmul(node: ir.Node) -> StoredMatrix:
     unpacked = unpack_bits(packed.reshape(rows, -1), bits, blocks * block)
     points = None if zeros is None else unpack_bits(initializer_values(zeros).reshape(rows, -1), bits, blocks)
     return StoredMatrix(unpacked, initializer_values(scales).reshape(rows, blocks), points, bits, block)
+
+
+def _from_integers(node: ir.Node) -> StoredMatrix:
+    """A matrix with one scale a row, whose scales are where the product or what follows it multiplies with them."""
+    codes = initializer_values(node.inputs[1]).T
+    rows, columns = codes.shape
+    points = np.broadcast_to(initializer_values(node.inputs[INTEGER_PRODUCTS[node.op_type]]), (rows,))
+    reader = node
+    while (scales := next((v for v in reader.inputs if v and (v.name or "").endswith(SCALES)), None)) is None:
+        [reader] = reader.outputs[0].consumers()
+    zeros = None if (points == OFFSET).all() else points[:, None]
+    return StoredMatrix(codes, initializer_values(scales)[:, None], zeros, 8, columns)
 
 
 def _from_dequantize(node: ir.Node) -> StoredMatrix:

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.onnx.ops as onnx_ops
 from torch import Tensor
 
-from exporters.ops._registry import fused_op
+from exporters.ops._registry import BUILD, fused_op
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,15 @@ def _lower_cast(*arguments) -> Tensor:
     return _quantise(_cast, *arguments)
 
 
-@fused_op({"onnx/fused": _lower_cast, "onnx/standard": _lower_cast})
+def _lower_int8(x, encoding, group, symmetric, scale, zero_point, global_scale):
+    """int8 by rows as one node, from which exporters/passes/spell_integers.py makes integer products."""
+    if encoding != "int8" or group:
+        return _lower_cast(x, encoding, group, symmetric, scale, zero_point, global_scale)
+    attributes = dict(symmetric=int(symmetric), scale=scale, zero_point=zero_point)
+    return onnx_ops.symbolic(f"{BUILD}::Rounded", [x], attributes, dtype=x.dtype, shape=x.shape, version=1)
+
+
+@fused_op({"onnx/fused": _lower_int8, "onnx/standard": _lower_cast})
 def quantize_activation(
     x: Tensor, encoding: str, group: int, symmetric: bool, scale: float, zero_point: int, global_scale: float
 ) -> Tensor:

@@ -13,6 +13,7 @@ from exporters.passes.set_accuracy_level import set_fast_accuracy
 from exporters.passes.settle_reshapes import settle_reshapes
 from exporters.passes.simplify_model import simplify_model
 from exporters.passes.spell_gemms import spell_gemms
+from exporters.passes.spell_integers import spell_integers
 from exporters.passes.spell_lookups import spell_lookups
 from exporters.passes.spell_products import spell_products
 from exporters.passes.spell_tables import spell_tables
@@ -33,12 +34,13 @@ _ALL = (
 FUSED = (
     *_ALL,
     fuse_experts,  # experts executed densely -> the operator that multiplies with the chosen ones alone
+    spell_integers,  # rounded inputs of 8-bit matrices -> integer products
     transpose_weights,  # x @ W.T -> x @ W', with W' written transposed
     spell_gemms,  # Gemm -> FusedMatMul, and a tied table read where it lies
     split_bytes,  # 8-bit matrices -> two 4-bit planes, for which there is a kernel
 )
 #: For ONNX Runtime, int8 activations in the quantised products.
-FUSED_FAST = (*_ALL, fuse_experts_fast, transpose_weights, spell_gemms, set_fast_accuracy)
+FUSED_FAST = (*_ALL, fuse_experts_fast, spell_integers, transpose_weights, spell_gemms, set_fast_accuracy)
 #: For TensorRT's parser: explicit types, and functions in the place of what ONNX has no operator for.
 TENSORRT = (
     *_ALL,
