@@ -13,6 +13,7 @@ import torch
 
 from exporters.families.attention import RangeReader
 from exporters.families.reference_lm import streamed_reference
+from exporters.families.streaming import TOKENS
 from exporters.quantise.calibration import LONGEST, WAY_OUT, Calibration, CalibrationError, batch
 
 if TYPE_CHECKING:
@@ -39,9 +40,12 @@ def cache_steps(student: Student, calibration: Calibration | None, capacity: int
             "an int8 KV cache is fitted to data, and there is none", where=str(student.folder), way_out=WAY_OUT
         )
     ids, kept = batch(torch.cat(calibration.rows).split(min(capacity, LONGEST)))
-    reader = RangeReader(kept)
-    with torch.no_grad():
-        streamed_reference(student).base_model(input_ids=ids, past_key_values=reader, use_cache=True)
+    reader, model = RangeReader(), streamed_reference(student).base_model
+    each = max(1, TOKENS // ids.shape[1])
+    for rows, mask in zip(ids.split(each), kept.split(each), strict=True):
+        reader.kept = mask
+        with torch.no_grad():
+            model(input_ids=rows, past_key_values=reader, use_cache=True)
     steps = {}
     for layer in sorted(reader.keys):
         for kind, held in (("key", reader.keys), ("value", reader.values)):

@@ -100,7 +100,7 @@ class QuantizedTensor:
                 weight -= self.per_column(self.zero_points)
         else:
             weight = values(self.encoding)[self.unpack()]
-        weight *= self.per_column(self.scales)
+        weight *= self.scales if self.scales.shape[1] == 1 else self.per_column(self.scales)
         return weight if self.order is None else weight[:, np.argsort(self.order)]
 
     @classmethod

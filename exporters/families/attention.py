@@ -162,14 +162,22 @@ class StateCache(_Cache):
 
 
 class RangeReader(_Cache):
-    """Notes how far the keys (with RoPE) and values of every layer reach: [kv_heads, D] of the largest magnitudes."""
+    """Notes how far the keys (with RoPE) and values of every layer reach: [kv_heads, D] of the largest magnitudes.
 
-    def __init__(self, kept: Tensor):
-        self._kept, self.keys, self.values = kept, {}, {}
+    Attributes:
+        kept: bool [n, L], the positions that count, of the rows that the model is called with.
+    """
+
+    kept: Tensor
+
+    def __init__(self) -> None:
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
         for held, rows in ((self.keys, key), (self.values, value)):
-            held[layer_idx] = rows.transpose(1, 2)[self._kept].abs().amax(0)
+            largest = rows.transpose(1, 2)[self.kept].abs().amax(0)
+            held[layer_idx] = torch.maximum(held[layer_idx], largest) if layer_idx in held else largest
         return key, value
 
 

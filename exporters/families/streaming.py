@@ -15,19 +15,41 @@ from exporters.student import Student
 
 #: Full name of a parameter or persistent buffer -> float32 values.
 Read = Callable[[str], Tensor]
+#: Tokens that a module computes at a time, so that what it holds of them besides its weights stays small.
+TOKENS = 2048
 
 
 class Call:
-    """One call that the model makes of a module: ``run`` repeats it, on another first argument if one is given."""
+    """One call that the model makes of a module, with [n, L] or [n, L, H] as its first argument; it can be repeated."""
 
     def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        self.module, self._kwargs = module, kwargs
-        self.hidden, *self._args = args
+        self.module, self._args, self._kwargs = module, args, kwargs
+        count, length = args[0].shape[:2]
+        each = max(1, TOKENS // length)
+        #: The rows that are computed at a time.
+        self.slices = [slice(start, min(start + each, count)) for start in range(0, count, each)]
 
     def run(self, hidden: Tensor | None = None) -> Tensor:
-        """The module's output; hooks of the modules inside it are called, its own are not."""
-        out = self.module.forward(self.hidden if hidden is None else hidden, *self._args, **self._kwargs)
+        """The module's output, for another first argument if one is given."""
+        return torch.cat([self.run_rows(rows, hidden) for rows in self.slices])
+
+    def run_rows(self, rows: slice, hidden: Tensor | None = None) -> Tensor:
+        """The same for some of the rows; hooks of the modules inside it are called, its own are not."""
+        args, kwargs = self.arguments(rows)
+        out = self.module.forward(args[0] if hidden is None else hidden[rows], *args[1:], **kwargs)
         return out[0] if isinstance(out, tuple) else out
+
+    def arguments(self, rows: slice) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments for some of the rows: of tensors that have as many (a mask may have one for all of them)."""
+        count = self._args[0].shape[0]
+
+        def cut(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(map(cut, value))
+            per_row = isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == count
+            return value[rows] if per_row else value
+
+        return tuple(map(cut, self._args)), {key: cut(value) for key, value in self._kwargs.items()}
 
 
 Visit = Callable[[str, Call], None]
@@ -69,13 +91,23 @@ def walk(model: PreTrainedModel, ids: Tensor, read: Read, visit: Visit = lambda 
     """
     base = model.base_model
     names = {module: name for name, module in model.named_modules()}
+    whole: dict[nn.Module, Tensor] = {}
 
-    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         load(module, names[module], read)
-        visit(names[module], Call(module, args, kwargs))
+        call = Call(module, args, kwargs)
+        visit(names[module], call)
+        if len(call.slices) == 1:
+            return None
+        whole[module] = call.run()
+        return call.arguments(slice(1))  # the model's own call shows no more than what the module returns
 
-    def leave(module: nn.Module, *_: Any) -> None:
+    def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         unload(module)
+        if module not in whole:
+            return None
+        made = whole.pop(module)
+        return (made, *output[1:]) if isinstance(output, tuple) else made
 
     handles = []
     for part in parts(model):

@@ -210,7 +210,7 @@ def _within_budget(
 ) -> tuple[dict[str, float], float]:
     """(group -> its loss alone, loss of the whole within the budget)."""
     parameters = {name: [f"{module}.weight" for module in modules] for name, modules in groups.items()}
-    alone = loss.of_each(parameters, stored(student, store))
+    alone = loss.of_each(parameters, stored(student, store), lambda name: progress(f"measure the loss of {name}", 0))
     plain = folded(student, store)
     steps = {}
     for name, modules in groups.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,34 @@ class Statistics:
     hessian: Tensor
     mean: Tensor
     largest: Tensor
+
+
+class _Seen(Exception):
+    """Nothing of the layer is still to be looked at: what is left of its run would be thrown away."""
+
+
+class _Sums:
+    """Statistics while they are gathered, some rows after the others."""
+
+    def __init__(self, moments: bool) -> None:
+        self._moments, self._count = moments, 0
+
+    def add(self, rows: Tensor) -> None:
+        """``rows`` [tokens, K]."""
+        if not self._count:
+            width = rows.shape[1]
+            self._hessian = torch.zeros(width, width, dtype=torch.double) if self._moments else torch.zeros(0)
+            self._sum, self._largest = torch.zeros(width, dtype=torch.double), torch.zeros(width)
+        self._count += len(rows)
+        for part in rows.split(_CHUNK):
+            if self._moments:
+                self._hessian += part.T @ part
+            self._sum += part.abs().sum(0)
+            self._largest = torch.maximum(self._largest, part.abs().amax(0))
+
+    def statistics(self) -> Statistics:
+        """Of all that was added."""
+        return Statistics(self._hessian / self._count, (self._sum / self._count).float(), self._largest)
 
 
 class Layer:
@@ -76,26 +105,39 @@ class Layer:
         for name, module in self._call.module.named_modules():
             if type(module).__name__.endswith("RMSNorm"):
                 handles.append(module.register_forward_hook(made(f"{self.name}.{name}")))
-        self._run(handles)
+        self._run(handles, self._call.slices[0])
         found: dict[int, list[str]] = {}
         for name, value in inputs.items():
             found.setdefault(id(value), []).append(name)
         source = {id(value): name for name, value in norms.items()}
         return [Stage(tuple(names), source.get(key)) for key, names in found.items()]
 
-    def statistics(self, stages: Iterable[Stage]) -> dict[Stage, Statistics]:
-        """Runs the layer once, with the weights that it has by now."""
-        found: dict[Stage, Statistics] = {}
+    def statistics(self, stages: Iterable[Stage], moments: bool = True) -> dict[Stage, Statistics]:
+        """Runs the layer, with the weights that it has by now, as far as the last of the stages; without ``moments``
+        there are no second moments."""
+        found = {stage: _Sums(moments) for stage in stages}
 
-        def watch(stage: Stage) -> Callable[..., None]:
-            return lambda module, args: found.__setitem__(stage, _statistics(self._rows(args[0])))
+        def watch(stage: Stage, rows: slice, waiting: set[Stage]) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                found[stage].add(self._kept_rows(args[0], rows))
+                waiting.discard(stage)
+                if not waiting:
+                    raise _Seen
 
-        self._run([self._linears[stage.linears[0]].register_forward_pre_hook(watch(stage)) for stage in stages])
-        return found
+            return hook
+
+        for rows in self._call.slices:
+            waiting = set(found)
+            first = {stage: self._linears[stage.linears[0]] for stage in found}
+            with suppress(_Seen):
+                self._run([m.register_forward_pre_hook(watch(s, rows, waiting)) for s, m in first.items()], rows)
+        return {stage: sums.statistics() for stage, sums in found.items()}
 
     def output(self) -> Tensor:
-        """What the layer computes with the weights that it has by now, at the kept positions [tokens, H]."""
-        return self._rows(self._call.run())
+        """What the layer computes with the weights that it has by now, at the kept positions of its first rows
+        [tokens, H]."""
+        rows = self._call.slices[0]
+        return self._kept_rows(self._call.run_rows(rows), rows)
 
     def weight(self, name: str) -> Tensor:
         """float32 [N, K] of a linear layer."""
@@ -117,20 +159,14 @@ class Layer:
         setattr(module, last, nn.Parameter(fold.apply(getattr(module, last).detach()), requires_grad=False))
         self._store.fold(parameter, fold)
 
-    def _run(self, handles: list[Any]) -> None:
+    def _run(self, handles: list[Any], rows: slice) -> None:
         try:
-            self._call.run()
+            self._call.run_rows(rows)
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _rows(self, values: Tensor) -> Tensor:
-        """[tokens, K] of the kept positions."""
-        return values[self._kept] if values.shape[:2] == self._kept.shape else values.flatten(0, -2)
-
-
-def _statistics(rows: Tensor) -> Statistics:
-    total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.double)
-    for part in rows.split(_CHUNK):
-        total += part.T @ part
-    return Statistics(total / len(rows), rows.abs().mean(0), rows.abs().amax(0))
+    def _kept_rows(self, values: Tensor, rows: slice) -> Tensor:
+        """[tokens, K] of the kept positions among ``rows``."""
+        kept = self._kept[rows]
+        return values[kept] if values.shape[:2] == kept.shape else values.flatten(0, -2)

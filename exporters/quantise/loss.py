@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -46,8 +46,15 @@ class Loss:
         round_inputs(model, student.activations)
         return self._mean(self._kept_logits(student_reader(student), model))
 
-    def of_each(self, groups: Mapping[str, Sequence[str]], student: Student) -> dict[str, float]:
+    def of_each(
+        self,
+        groups: Mapping[str, Sequence[str]],
+        student: Student,
+        turn: Callable[[str], None] = lambda name: None,
+    ) -> dict[str, float]:
         """Of each group of parameters alone taken from ``student``, rounded inputs included: group -> nats.
+
+        ``turn`` is called with the name of each decoder layer and of each group whose turn it is.
 
         A group inside one decoder layer takes part in one walk for all of them, in which the hidden states of each are
         carried beside the float ones: the weights are read once. Others, such as an embedding that is the head too,
@@ -63,18 +70,27 @@ class Loss:
             if len(owners) == 1 and "" not in owners:
                 inside[key] = _Variant(owners.pop(), parameters)
             else:
+                turn(key)
                 found[key] = self._mean(self._kept_logits(_mixed(self._read, other, parameters)))
         if inside:
-            self._carry(tuple(inside.values()), other, student.activations)
+            self._carry(tuple(inside.values()), other, student.activations, turn)
         for key, variant in inside.items():
+            turn(key)
             assert variant.hidden is not None  # its layer ran
             found[key] = self._mean(zip(logits(self._model, variant.hidden, self._read), self._kept, strict=True))
         return {key: found[key] for key in groups}
 
-    def _carry(self, variants: tuple[_Variant, ...], other: Read, activations: Mapping[str, Activation]) -> None:
+    def _carry(
+        self,
+        variants: tuple[_Variant, ...],
+        other: Read,
+        activations: Mapping[str, Activation],
+        turn: Callable[[str], None],
+    ) -> None:
         """One walk; leaves in each variant its hidden states behind the final norm."""
 
         def visit(name: str, call: Call) -> None:
+            turn(name)
             for variant in variants:
                 if variant.hidden is not None:
                     variant.hidden = call.run(variant.hidden)

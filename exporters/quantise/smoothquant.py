@@ -29,7 +29,7 @@ def smoothing(largest: torch.Tensor, weights: list[torch.Tensor], strength: floa
 def quantise_layer(layer: Layer, width: Width) -> None:
     """SmoothQuant of one decoder layer: the stages behind a norm are smoothed, then every weight is rounded."""
     stages = layer.stages()
-    for stage, found in layer.statistics(stages).items():
+    for stage, found in layer.statistics(stages, moments=False).items():
         if stage.norm is not None:
             weights = [layer.weight(name) for name in stage.linears]
             folding.fold(layer, stage, smoothing(found.largest, weights))

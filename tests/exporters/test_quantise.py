@@ -11,6 +11,7 @@ import torch
 from device_profiles import load_profile
 from device_profiles.quantise import RECIPES, Quantise
 from exporters.backends import Job
+from exporters.families import streaming
 from exporters.families.decoder_lm import build_reference, capture_lm
 from exporters.families.streaming import empty_model, logits, student_reader, walk
 from exporters.inheritance import compare
@@ -85,6 +86,42 @@ def test_a_walk_over_the_layers_is_the_whole_model(library, kind):
         assert torch.allclose(got[mask], wanted[mask], atol=1e-5 * float(wanted.abs().max()))
     # Nothing stays: the next walk reads every weight again.
     assert all(parameter.is_meta for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_rows_that_are_computed_in_turns_give_the_same(library, monkeypatch, tmp_path, kind):
+    """Hidden states, the statistics of every stage and what a changed weight leads to, three rows at a time."""
+    student, width = library(kind), Width(4, 16)
+    ids, _ = batch(rows(student).rows)
+
+    def results() -> list[torch.Tensor]:
+        found: list[torch.Tensor] = []
+
+        def work(layer: Layer) -> None:
+            for stage, held in layer.statistics(layer.stages()).items():
+                found.extend((held.hessian, held.mean, held.largest))
+                layer.put(stage.linears[0], round_to_nearest(layer.weight(stage.linears[0]), width), width)
+            found.append(layer.output())
+
+        def visit(name, call):
+            turns.append(len(call.slices))
+            if name.endswith("layers.0"):
+                work(Layer(name, call, kept, modules, 16, Store(tmp_path, "test")))
+
+        modules = [name.removesuffix(".weight") for name in student.tensors if name.endswith("_proj.weight")]
+        kept = batch(rows(student).rows)[1]
+        found.append(walk(empty_model(student), ids, student_reader(student), visit))
+        return found
+
+    turns: list[int] = []
+    whole = results()
+    assert set(turns) == {1}
+    turns.clear()
+    monkeypatch.setattr(streaming, "TOKENS", 3 * ids.shape[1])
+    parts = results()
+    assert set(turns) == {2}
+    for one, two in zip(whole, parts, strict=True):
+        assert torch.allclose(one[: len(two)], two, rtol=1e-4, atol=1e-5 * float(one.abs().max()))
 
 
 def visit_first_layer(student: Student, store: Store, work) -> None:
