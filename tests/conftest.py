@@ -7,7 +7,26 @@ from pathlib import Path
 
 import pytest
 
+from tests import refusals
+from tools.error_catalogue import write_refusals
+
 MakeStudent = Callable[..., Path]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The option of tools/error_catalogue.py."""
+    parser.addoption("--refusals", type=Path, help="write what tests/refusals.py catches to this file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hands the option over."""
+    refusals.making = config.getoption("--refusals")
+
+
+def pytest_sessionfinish() -> None:
+    """Writes the file."""
+    if refusals.making is not None:
+        write_refusals(refusals.making, refusals.REFUSALS)
 
 
 @pytest.fixture(scope="session")

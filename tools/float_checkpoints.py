@@ -15,32 +15,32 @@ BLOCK = 32
 NF4_BLOCK = 32
 
 
-def _fp8(random: np.random.Generator, shape: Shape) -> np.ndarray:
+def fp8(random: np.random.Generator, shape: Shape) -> np.ndarray:
     """Random e4m3 numbers of every size."""
     codes = random.integers(0, 256, shape, np.uint8)
     codes[(codes & 0x7F) == 0x7F] = 0
     return codes.view(ml_dtypes.float8_e4m3fn)
 
 
-def _stored(values: np.ndarray) -> torch.Tensor:
+def stored(values: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(values).view(np.uint8)).view(torch.float8_e4m3fn)
 
 
 def fp8_channel(random: np.random.Generator, shape: Shape) -> Made:
     """float-quantized, one scale a row."""
-    codes, scales = _fp8(random, shape), random.uniform(1e-4, 1e-3, (shape[0], 1)).astype(np.float32)
-    return {"weight": _stored(codes), "weight_scale": torch.from_numpy(scales)}, codes.astype(np.float32) * scales
+    codes, scales = fp8(random, shape), random.uniform(1e-4, 1e-3, (shape[0], 1)).astype(np.float32)
+    return {"weight": stored(codes), "weight_scale": torch.from_numpy(scales)}, codes.astype(np.float32) * scales
 
 
 def fp8_blocks(random: np.random.Generator, shape: Shape) -> Made:
     """float-quantized, one scale a block of both axes."""
-    codes = _fp8(random, shape)
+    codes = fp8(random, shape)
     scales = random.uniform(1e-4, 1e-3, [-(-size // BLOCK) for size in shape]).astype(np.float32)
     wide = scales.repeat(BLOCK, 0)[: shape[0]].repeat(BLOCK, 1)[:, : shape[1]]
-    return {"weight": _stored(codes), "weight_scale": torch.from_numpy(scales)}, codes.astype(np.float32) * wide
+    return {"weight": stored(codes), "weight_scale": torch.from_numpy(scales)}, codes.astype(np.float32) * wide
 
 
-def _fp4(random: np.random.Generator, shape: Shape) -> tuple[torch.Tensor, np.ndarray]:
+def fp4(random: np.random.Generator, shape: Shape) -> tuple[torch.Tensor, np.ndarray]:
     """Packed random e2m1 codes, the low nibble first, and their values."""
     codes = random.integers(0, 16, shape, np.uint8)
     return torch.from_numpy(codes[:, 0::2] | codes[:, 1::2] << 4), codes.view(ml_dtypes.float4_e2m1fn).astype(
@@ -50,17 +50,17 @@ def _fp4(random: np.random.Generator, shape: Shape) -> tuple[torch.Tensor, np.nd
 
 def nvfp4(random: np.random.Generator, shape: Shape) -> Made:
     """nvfp4-pack-quantized."""
-    packed, codes = _fp4(random, shape)
+    packed, codes = fp4(random, shape)
     scales = random.uniform(10, 400, (shape[0], shape[1] // 16)).astype(ml_dtypes.float8_e4m3fn)
     whole = np.float32(7531.25)
     wide = (scales.astype(np.float32) / whole).repeat(16, 1)
-    parts = {"weight_packed": packed, "weight_scale": _stored(scales), "weight_global_scale": torch.tensor([whole])}
+    parts = {"weight_packed": packed, "weight_scale": stored(scales), "weight_global_scale": torch.tensor([whole])}
     return parts, codes * wide
 
 
 def mxfp4(random: np.random.Generator, shape: Shape) -> Made:
     """mxfp4-pack-quantized."""
-    packed, codes = _fp4(random, shape)
+    packed, codes = fp4(random, shape)
     exponents = random.integers(119, 124, (shape[0], shape[1] // 32), np.uint8)
     wide = np.exp2(exponents.astype(np.float32) - 127).repeat(32, 1)
     return {"weight_packed": packed, "weight_scale": torch.from_numpy(exponents)}, codes * wide

@@ -1,11 +1,12 @@
 """Weights as the formats' own libraries store and dequantise them, for tests where those libraries are not installed.
 
-    python -m tools.library_weights {gptqmodel,autoawq,torchao,bitsandbytes}
+    python -m tools.library_weights {gptqmodel,autoawq,autoround,torchao,bitsandbytes,bitsandbytes_nf4}
 
 Writes tests/exporters/library_weights/LIBRARY.safetensors: for every case the tensors that the library made,
 CASE.expected with its own dequantised weight [N, K], and the quantization_config as JSON in the file's metadata. Run
-where the library is installed: GPTQModel 7.7 and AutoAWQ 0.2.9 ask for other versions of torch or transformers than
-constraints.txt has, and bring much along, so they are in no extra; torchao and bitsandbytes are the extra `formats`.
+where the library is installed: GPTQModel 7.7, AutoAWQ 0.2.9 and AutoRound 0.16 ask for other versions of torch or
+transformers than constraints.txt has, and bring much along, so they are in no extra; torchao and bitsandbytes are the
+extra `formats`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from tools import torchao_weights
 from tools.make_checkpoints import random_grid
 
 FOLDER = Path(__file__).parent.parent / "tests" / "exporters" / "library_weights"
@@ -86,26 +88,27 @@ def autoawq() -> Mapping[str, Made]:
     return {"gemm": (parts, expected, config)}
 
 
-def torchao() -> Mapping[str, Made]:
-    """quantize_ of a linear layer, stored by torchao's own flattening for safetensors."""
-    from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
-    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, MappingType, PerGroup, quantize_
+def autoround() -> Mapping[str, Made]:
+    """Both conventions of zero points, packed by AutoRound's own layers and multiplied with the identity."""
+    from auto_round_extension.torch import qlinear_torch, qlinear_torch_zp
 
-    configs = {"int8": Int8WeightOnlyConfig()}
-    for bits in range(2, 9):
-        for mapping in (MappingType.SYMMETRIC, MappingType.ASYMMETRIC):
-            configs[f"intx-{bits}-{mapping.name.lower()}"] = IntxWeightOnlyConfig(
-                weight_dtype=getattr(torch, f"int{bits}"), granularity=PerGroup(GROUP), mapping_type=mapping
-            )
     found: dict[str, Made] = {}
-    for name, config in configs.items():
-        torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Linear(COLUMNS, ROWS, bias=False))
-        quantize_(model, config)
-        tensors, metadata = flatten_tensor_state_dict(model.state_dict())
-        parts = {key.removeprefix("0."): tensor.contiguous() for key, tensor in tensors.items()}
-        expected = model[0].weight.dequantize().detach()
-        found[name] = parts, expected, {"quant_method": "torchao", "header": metadata["0.weight"]}
+    random = np.random.default_rng(0)
+    for packing, library in (("auto_gptq", qlinear_torch_zp), ("gptqmodel", qlinear_torch)):
+        for bits in (2, 3, 4, 8):
+            grid = random_grid(random, (ROWS, COLUMNS), bits, GROUP, symmetric=False)
+            made = library.QuantLinear(bits, GROUP, COLUMNS, ROWS, bias=False)
+            made.device = "cpu"
+            scales, zeros = (torch.from_numpy(part.astype(np.float32)) for part in (grid.scales, grid.zeros))
+            made.pack(_linear(grid.weight()), scales, zeros, None, device="cpu")
+            made.post_init()
+            expected = made(torch.eye(COLUMNS, dtype=torch.float16)).T
+            config = {
+                "quant_method": "auto-round", "bits": bits, "group_size": GROUP, "sym": False, "data_type": "int",
+                "packing_format": f"auto_round:{packing}", "autoround_version": "0.16.1",
+            }  # fmt: skip
+            parts = {name: getattr(made, name).clone() for name in ("qweight", "qzeros", "scales")}
+            found[f"{packing}-{bits}"] = parts, expected, config
     return found
 
 
@@ -113,19 +116,37 @@ def bitsandbytes() -> Mapping[str, Made]:
     """int8_vectorwise_quant of a weight, and its dequantisation."""
     from bitsandbytes.functional import int8_vectorwise_dequant, int8_vectorwise_quant
 
-    torch.manual_seed(0)
-    weight = torch.randn(ROWS, COLUMNS, dtype=torch.float16)
+    weight = torch.from_numpy(np.random.default_rng(0).standard_normal((ROWS, COLUMNS)).astype(np.float16))
     codes, largest, _ = int8_vectorwise_quant(weight)
     parts = {"weight": codes, "SCB": largest.float(), "weight_format": torch.tensor(0, dtype=torch.uint8)}
     expected = int8_vectorwise_dequant(codes, largest.float())
     return {"int8": (parts, expected, {"quant_method": "bitsandbytes", "load_in_8bit": True})}
 
 
+def bitsandbytes_nf4() -> Mapping[str, Made]:
+    """Linear4bit's state and its dequantisation on a CPU; of the nested scales there is more than one block."""
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    config = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    found: dict[str, Made] = {}
+    for name, rows, nested in (("nf4", 32, False), ("nf4-nested", 150, True)):
+        weight = np.random.default_rng(0).standard_normal((rows, 128)).astype(np.float32)
+        layer = Linear4bit(128, rows, bias=False, quant_type="nf4", compress_statistics=nested)
+        layer.weight.data = torch.from_numpy(weight)
+        layer = layer.to("cpu")  # which quantises
+        expected = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        found[name] = dict(layer.state_dict()), expected, config
+    return found
+
+
 LIBRARIES: Mapping[str, Callable[[], Mapping[str, Made]]] = {
     "gptqmodel": gptqmodel,
     "autoawq": autoawq,
-    "torchao": torchao,
+    "autoround": autoround,
+    "torchao": torchao_weights.torchao,
     "bitsandbytes": bitsandbytes,
+    "bitsandbytes_nf4": bitsandbytes_nf4,
 }
 
 

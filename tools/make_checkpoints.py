@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from tools import float_checkpoints
+from tools import float_checkpoints, torchao_checkpoints
 
 Tensors = dict[str, torch.Tensor]
 Config = dict[str, Any]
@@ -112,6 +112,11 @@ def gptq(grid: Grid, bits: int, version: str) -> Tensors:
     }
 
 
+def autoround(grid: Grid) -> Tensors:
+    """AutoRound's tensors of a weight packed as auto_gptq: those of GPTQ without g_idx."""
+    return {name: part for name, part in gptq(grid, 4, "gptq").items() if name != "g_idx"}
+
+
 def awq(grid: Grid) -> Tensors:
     """AWQ's tensors of a weight: eight columns to a word, in its order."""
 
@@ -122,32 +127,6 @@ def awq(grid: Grid) -> Tensors:
         return _tensor(found.view(np.int32))
 
     return {"qweight": words(grid.codes.T), "qzeros": words(grid.zeros.T), "scales": _tensor(grid.scales.T)}
-
-
-def _signed(values: np.ndarray, bits: int) -> torch.Tensor:
-    return _tensor((values.astype(np.int16) - (1 << (bits - 1))).astype(np.int8))
-
-
-def torchao(grid: Grid, bits: int) -> Tensors:
-    """torchao's tensors of a weight: codes and zero points as signed bytes."""
-    return {
-        "_weight_qdata": _signed(grid.codes, bits),
-        "_weight_scale": _tensor(grid.scales.astype(np.float32)),
-        "_weight_zero_point": _signed(grid.zeros, bits),
-    }
-
-
-def torchao_header(bits: int, columns: int) -> str:
-    """What the header of the file says of a weight."""
-    dtype = {"_type": "torch.dtype", "_data": "float32"}
-    if bits == 8:
-        data: Config = {"act_quant_kwargs": None, "reduce_range": False, "block_size": [1, columns], "dtype": dtype}
-        kind = "Int8Tensor"
-    else:
-        target = {"_type": "torch.dtype", "_data": f"int{bits}"}
-        data = {"target_dtype": target, "block_size": [1, GROUP], "dtype": dtype, "activation_quantization": None}
-        kind = "IntxUnpackedToInt8Tensor"
-    return json.dumps({"_type": kind, "_data": data, "_tensor_data_names": ["qdata", "scale", "zero_point"]})
 
 
 def bitsandbytes(grid: Grid) -> tuple[Tensors, np.ndarray]:
@@ -177,7 +156,7 @@ def compressed(grid: Grid, form: str, bits: int, group: int, symmetric: bool) ->
     state = {
         "weight": _tensor(grid.weight()),
         "weight_scale": _tensor(grid.scales.astype(np.float32)),
-        "weight_zero_point": _signed(grid.zeros, bits),
+        "weight_zero_point": torchao_checkpoints.signed(grid.zeros, bits),
     }
     stored = BaseCompressor.get_value_from_registry(form).compress(state, library)
     return {name: tensor.contiguous() for name, tensor in stored.items() if isinstance(tensor, torch.Tensor)}
@@ -251,8 +230,13 @@ def _compressed_config(form: str, weights: Config) -> Config:
 
 def _torchao(name: str, bits: int, symmetric: bool) -> Case:
     group = -1 if bits == 8 else GROUP
-    make = _of(lambda grid: torchao(grid, bits), bits, group, symmetric)
-    return Case(name, {"quant_method": "torchao"}, make, lambda columns: torchao_header(bits, columns))
+    make = _of(lambda grid: torchao_checkpoints.integers(grid, bits), bits, group, symmetric)
+    return Case(name, {"quant_method": "torchao"}, make, lambda columns: torchao_checkpoints.header(bits, columns))
+
+
+def _torchao_float(name: str, kind: str) -> Case:
+    make, header = torchao_checkpoints.FLOATS[kind]
+    return Case(name, {"quant_method": "torchao"}, make, header)
 
 
 def _qat(name: str, bits: int, symmetric: bool, group: int = GROUP) -> Case:
@@ -270,6 +254,10 @@ def _bitsandbytes(random: np.random.Generator, shape: tuple[int, int]) -> tuple[
 
 _ORDERED = _compressed_config("pack-quantized", {**_compressed_weights(4, GROUP, False), "actorder": "group"})
 _BITSANDBYTES = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+_AUTOROUND = {
+    "quant_method": "auto-round", "bits": 4, "group_size": GROUP, "sym": False, "data_type": "int",
+    "packing_format": "auto_round:auto_gptq",
+}  # fmt: skip
 _AWQ = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm", "zero_point": True}
 
 _NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
@@ -294,6 +282,7 @@ CASES: Mapping[str, Case] = {
     "gptq-4bit-tail": _gptq("GPTQ, 4 bits, groups with a tail", 4, "gptq_v2", False, group=64),
     "gptq-4bit-channel": _gptq("GPTQ, 4 bits per channel", 4, "gptq_v2", False, group=-1),
     "awq-4bit": Case("AWQ (gemm), 4 bits", _AWQ, _of(awq, 4, GROUP, False)),
+    "autoround-4bit": Case("AutoRound, 4 bits, zero points", _AUTOROUND, _of(autoround, 4, GROUP, False)),
     "pack-2bit": _compressed(f"{_PACK}, 2 bits", _PACK, 2, GROUP, True),
     "pack-3bit": _compressed(f"{_PACK}, 3 bits, zero points", _PACK, 3, GROUP, False),
     "pack-4bit": _compressed(f"{_PACK}, 4 bits", _PACK, 4, GROUP, True),
@@ -308,6 +297,9 @@ CASES: Mapping[str, Case] = {
     "torchao-int8": _torchao("torchao int8", 8, True),
     "torchao-int4": _torchao("torchao intx, 4 bits, zero points", 4, False),
     "torchao-int3": _torchao("torchao intx, 3 bits", 3, True),
+    "torchao-fp8": _torchao_float("torchao fp8 per row", "fp8"),
+    "torchao-mxfp8": _torchao_float("torchao mxfp8", "mxfp8"),
+    "torchao-nvfp4": _torchao_float("torchao nvfp4", "nvfp4"),
     "bitsandbytes-int8": Case("bitsandbytes int8", _BITSANDBYTES, _bitsandbytes),
     "fp8-channel": _float(
         "float-quantized, fp8 per channel", "float-quantized", FP8_CHANNEL, float_checkpoints.fp8_channel

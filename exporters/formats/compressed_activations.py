@@ -15,12 +15,12 @@ import numpy as np
 from exporters.activations import Activation
 from exporters.errors import QuantizationError
 from exporters.formats import scheme
-from exporters.formats.scheme import AGAIN, SCALES, Layout, Read
+from exporters.formats.scheme import AGAIN, SCALES, Layout, Read, Scheme, Shape
 
 if TYPE_CHECKING:
     from exporters.checkpoint import Checkpoint
 
-_ONE = ((1,), (), (1, 1))
+_ONE = ((1,), (), (1, 1), (1, 1, 1))
 #: (type, bits) -> encoding
 ENCODINGS: Mapping[tuple[Any, Any], str] = {
     ("int", 4): "int4",
@@ -39,8 +39,9 @@ class Rounding:
 
     Attributes:
         encoding, group, symmetric: see Activation.
-        static: ``input_scale`` holds the scale.
+        static: a tensor holds the scale.
         below_global: ``input_global_scale`` holds what scales of groups are multiplied by.
+        names: of the static scale and its zero point.
     """
 
     encoding: str
@@ -48,14 +49,15 @@ class Rounding:
     symmetric: bool = True
     static: bool = False
     below_global: bool = False
+    names: tuple[str, str] = ("input_scale", "input_zero_point")
 
     def layout(self) -> Layout:
         """Tensors of a layer beside those of its weight."""
         found: Layout = {}
         if self.static:
-            found["input_scale"] = (SCALES, _ONE)
+            found[self.names[0]] = (SCALES, _ONE)
             if not self.symmetric:
-                found["input_zero_point"] = (frozenset({"I8"}), _ONE)
+                found[self.names[1]] = (frozenset({"I8"}), _ONE)
         if self.below_global:
             found["input_global_scale"] = (frozenset({"F32"}), _ONE)
         return found
@@ -71,7 +73,7 @@ class Rounding:
 
     def leftovers(self, module: str, stored: Checkpoint) -> Iterator[str]:
         """Zero points of symmetric inputs, which are all zero."""
-        name = f"{module}.input_zero_point"
+        name = f"{module}.{self.names[1]}"
         if self.symmetric and name in stored.tensors:
             if stored.tensor(name).float().any():
                 raise QuantizationError(
@@ -85,12 +87,37 @@ class Rounding:
         """The layer's own."""
         scale, whole, zero = 0.0, 0.0, 0
         if self.static:
-            scale = _positive(read, f"{module}.input_scale")
+            scale = _positive(read, f"{module}.{self.names[0]}")
             if not self.symmetric:
-                zero = int(read(f"{module}.input_zero_point").reshape(-1)[0])
+                zero = int(read(f"{module}.{self.names[1]}").reshape(-1)[0])
         if self.below_global:
             whole = _positive(read, f"{module}.input_global_scale")
         return Activation(self.encoding, self.group, self.symmetric, scale, zero, whole)
+
+
+class Rounded(Scheme):
+    """A scheme whose layers' inputs may be rounded, as its ``rounding`` says."""
+
+    rounding: Rounding | None
+
+    def check(self, module: str, shape: Shape) -> None:
+        """See Scheme."""
+        if self.rounding is not None:
+            self.rounding.check(module, shape[1])
+
+    @property
+    def rounds_input(self) -> bool:
+        """See Scheme."""
+        return self.rounding is not None
+
+    def activation(self, read: Read, module: str) -> Activation | None:
+        """See Scheme."""
+        return None if self.rounding is None else self.rounding.activation(read, module)
+
+    def leftovers(self, module: str, stored: Checkpoint) -> Iterator[str]:
+        """See Scheme."""
+        if self.rounding is not None:
+            yield from self.rounding.leftovers(module, stored)
 
 
 def _positive(read: Read, name: str) -> float:

@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from exporters.activations import Activation
 from exporters.errors import QuantizationError
 from exporters.formats import scheme
-from exporters.formats.compressed_activations import Rounding, spread_rows
-from exporters.formats.scheme import AGAIN, SCALES, Array, Layout, Read, Scheme, Shape, ceil, check_group
+from exporters.formats.compressed_activations import Rounded, Rounding, spread_rows
+from exporters.formats.scheme import AGAIN, SCALES, Array, Layout, Read, Shape, ceil, check_group
 from exporters.quantized import QuantizedTensor
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ _ONE = ((1,), (), (1, 1))
 
 
 @dataclass(frozen=True)
-class FloatScheme(Scheme):
+class FloatScheme(Rounded):
     """What the float formats have in common.
 
     Attributes:
@@ -59,8 +58,7 @@ class FloatScheme(Scheme):
             )
         if rows == 1 and columns is not None:
             check_group(module, columns, shape[1])
-        if self.rounding is not None:
-            self.rounding.check(module, shape[1])
+        super().check(module, shape)
 
     def _grid(self, shape: Shape) -> tuple[int, int]:
         rows, columns = self.block
@@ -87,17 +85,7 @@ class FloatScheme(Scheme):
             if stored.tensor(name).float().any():
                 raise QuantizationError("float weights with zero points", where=name, way_out=AGAIN)
             yield name
-        if self.rounding is not None:
-            yield from self.rounding.leftovers(module, stored)
-
-    @property
-    def rounds_input(self) -> bool:
-        """See Scheme."""
-        return self.rounding is not None
-
-    def activation(self, read: Read, module: str) -> Activation | None:
-        """See Scheme."""
-        return None if self.rounding is None else self.rounding.activation(read, module)
+        yield from super().leftovers(module, stored)
 
     def decode(self, read: Read, module: str, shape: Shape) -> QuantizedTensor:
         """See Scheme."""

@@ -19,10 +19,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from exporters.activations import Activation
 from exporters.errors import QuantizationError
 from exporters.formats import matching, scheme
-from exporters.formats.compressed_activations import Rounding, rounding
+from exporters.formats.compressed_activations import Rounded, Rounding, rounding
 from exporters.formats.compressed_floats import FloatScheme
 from exporters.formats.scheme import SCALES, Array, Layout, Read, Scheme, Shape, ceil, check_group
 from exporters.quantized import QuantizedTensor
@@ -34,7 +33,7 @@ METHOD = "compressed-tensors"
 
 
 @dataclass(frozen=True)
-class IntegerScheme(Scheme):
+class IntegerScheme(Rounded):
     """What both integer formats have in common.
 
     Attributes:
@@ -55,17 +54,7 @@ class IntegerScheme(Scheme):
         """Refuse a group size that does not divide K: the library cannot dequantise a shorter last group."""
         if self.group is not None:
             check_group(module, self.group, shape[1])
-        if self.rounding is not None:
-            self.rounding.check(module, shape[1])
-
-    @property
-    def rounds_input(self) -> bool:
-        """See Scheme."""
-        return self.rounding is not None
-
-    def activation(self, read: Read, module: str) -> Activation | None:
-        """See Scheme."""
-        return None if self.rounding is None else self.rounding.activation(read, module)
+        super().check(module, shape)
 
     def leftovers(self, module: str, stored: Checkpoint) -> Iterator[str]:
         """All-zero zero points of symmetric weights, which older writers keep, and indices that say nothing."""
@@ -82,8 +71,7 @@ class IntegerScheme(Scheme):
                     way_out="State symmetric: false, or drop the tensor",
                 )
             yield name
-        if self.rounding is not None:
-            yield from self.rounding.leftovers(module, stored)
+        yield from super().leftovers(module, stored)
 
     def _check_index(self, index: Array, where: str) -> None:
         """Without actorder, weight_g_idx must not reorder anything."""

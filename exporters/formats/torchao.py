@@ -1,127 +1,139 @@
-"""torchao checkpoints as transformers' TorchAoConfig saves them: int8 weights, and integers of 2 to 8 bits in groups.
+"""torchao checkpoints as transformers' TorchAoConfig saves them; those of float codes are in torchao_floats.py.
 
 Source: torchao 0.18 (prototype/safetensors, quantization/quantize_/workflows/int8 and intx). The header of the
-safetensors file names the class of every quantised tensor: metadata["MODULE.weight"] is JSON {"_type", "_data"}; its
-parts are stored as MODULE._weight_qdata, _weight_scale and _weight_zero_point.
+safetensors file names the class of every quantised tensor (torchao_header.py):
 
-    Int8Tensor                qdata int8 [N, K], scale [N, K/b], zero point int8 or none, block_size [1, b]
+    Int8Tensor                qdata int8 [N, K], scale, zero point int8 or none, block_size [n, k]
     IntxUnpackedToInt8Tensor  the same with target_dtype intB: values of B bits, each in a byte
 
-weight = (qdata - zero_point) * scale. Int4Tensor and its packings are refused: their zero points are floats in the
-weight's own unit, not codes.
+weight = (qdata - zero_point) * scale, with one scale for n x k weights: a group of a row, a row, or all of them. What
+either says of the layer's input is read by torchao_activations.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from exporters.errors import QuantizationError
 from exporters.formats import scheme
+from exporters.formats.compressed_activations import Rounded, Rounding, spread_rows
 from exporters.formats.scheme import AGAIN, SCALES, Array, Layout, Read, Scheme, Shape, ceil
+from exporters.formats.torchao_activations import ROUNDINGS
+from exporters.formats.torchao_floats import FLOATS
+from exporters.formats.torchao_header import PREFIX, Described, check_block, described
 from exporters.quantized import QuantizedTensor
-from exporters.strict_json import parse_json
 
 if TYPE_CHECKING:
     from exporters.checkpoint import Checkpoint
 
 METHOD = "torchao"
 _BYTES = frozenset({"I8"})
-#: target_dtype of IntxUnpackedToInt8Tensor -> bits
-INTX = {f"int{bits}": bits for bits in range(2, 9)}
-SUPPORTED = "Quantise with Int8WeightOnlyConfig, or IntxWeightOnlyConfig for fewer bits"
+#: target_dtype of IntxUnpackedToInt8Tensor -> bits of a code; the two values of int1, -1 and 0, are two of int2's
+INTX = {"int1": 2} | {f"int{bits}": bits for bits in range(2, 9)}
+_INSTEAD = "Quantise with IntxWeightOnlyConfig(weight_dtype=torch.int4), which stores codes and whole zero points"
+#: class -> why it is not read
+REFUSED: Mapping[str, str] = {
+    "Int4Tensor": "its zero points are floats in the weight's own unit, not codes",
+    "Int4PlainInt32Tensor": "its codes are in the order of an XPU's or NPU's own conversion, which it does not name",
+    "Int4PreshuffledTensor": "its codes are shuffled for the kernels of one GPU",
+    "Int4TilePackedTo4dTensor": "its codes are in a GPU's tiles, its zero points floats in the weight's own unit",
+}
 
 
 @dataclass(frozen=True)
-class TorchAo(Scheme):
-    """One weight, with ``group`` columns to a scale; ``zero_points`` says whether they are stored."""
+class TorchAo(Rounded):
+    """One weight of integers.
+
+    Attributes:
+        bits: of a code.
+        block: rows and columns with one scale.
+        zero_points: whether they are stored.
+        rounding: how the layer's input is rounded.
+    """
 
     kind: str
     bits: int
-    group: int
+    block: tuple[int, int]
     zero_points: bool
+    rounding: Rounding | None = None
 
     def check(self, module: str, shape: Shape) -> None:
-        """Refuse a block that does not divide K."""
-        if shape[1] % self.group:
-            raise QuantizationError(
-                f"block_size [1, {self.group}] does not divide K = {shape[1]}",
-                where=f"{module}.weight",
-                way_out="Take the header and the weights from one checkpoint",
-            )
+        """Refuse blocks that do not divide the weight."""
+        super().check(module, shape)
+        check_block(module, self.block, shape)
+
+    def _grid(self, shape: Shape) -> tuple[int, int]:
+        return ceil(shape[0], self.block[0]), ceil(shape[1], self.block[1])
 
     def layout(self, shape: Shape) -> Layout:
         """See Scheme."""
-        rows, groups = shape[0], ceil(shape[1], self.group)
-        grid = ((rows, groups), (rows,)) if groups == 1 else ((rows, groups),)
-        found: Layout = {"_weight_qdata": (_BYTES, (shape,)), "_weight_scale": (SCALES, grid)}
+        grid = self._grid(shape)
+        grids = (grid, grid[:1]) if grid[1] == 1 else (grid,)
+        found: Layout = {f"{PREFIX}qdata": (_BYTES, (shape,)), f"{PREFIX}scale": (SCALES, grids)}
         if self.zero_points:
-            found["_weight_zero_point"] = (_BYTES, grid)
-        return found
+            found[f"{PREFIX}zero_point"] = (_BYTES, grids)
+        return found | (self.rounding.layout() if self.rounding is not None else {})
 
     def decode(self, read: Read, module: str, shape: Shape) -> QuantizedTensor:
         """See Scheme."""
-        grid = (shape[0], ceil(shape[1], self.group))
-        name = f"{module}._weight_scale"
+        name = f"{module}.{PREFIX}scale"
         stored = read(name)
         zeros = None
         if self.zero_points:
-            points = self._unsigned(read, f"{module}._weight_zero_point").reshape(grid)
-            zeros = None if (points == 1 << (self.bits - 1)).all() else np.ascontiguousarray(points)
+            points = self._unsigned(read, f"{module}.{PREFIX}zero_point")
+            zeros = None if (points == 1 << (self.bits - 1)).all() else self._spread(points, shape)
         return QuantizedTensor.from_codes(
-            self._unsigned(read, f"{module}._weight_qdata"),
-            np.ascontiguousarray(scheme.positive_scales(stored, name).reshape(grid)),
+            self._unsigned(read, f"{module}.{PREFIX}qdata"),
+            self._spread(scheme.positive_scales(stored, name), shape),
             zeros,
             bits=self.bits,
             source=f"torchao {self.kind}",
             scale_dtype=scheme.dtype_name(stored),
-            group=self.group,
+            group=self.block[1],
         )
 
     def _unsigned(self, read: Read, name: str) -> Array:
         return scheme.unsigned(read(name).numpy(), self.bits, name)
 
-
-def _described(text: str, where: str) -> tuple[str, Mapping[str, Any], list[str]]:
-    """Class, attributes and parts of a quantised tensor, as the header describes it."""
-    value = parse_json(text.encode(), where)
-    kind, data = (value.get("_type"), value.get("_data")) if isinstance(value, dict) else (None, None)
-    parts = value.get("_tensor_data_names") if isinstance(value, dict) else None
-    if not isinstance(kind, str) or not isinstance(data, dict) or not isinstance(parts, list):
-        raise QuantizationError(f"is {text!r:.100}", where=where, way_out="Save the checkpoint again with torchao 0.18")
-    return kind, data, [part for part in parts if isinstance(part, str)]
+    def _spread(self, values: Array, shape: Shape) -> Array:
+        return spread_rows(values.reshape(self._grid(shape)), shape[0], self.block[0])
 
 
-def _scheme(text: str, where: str) -> TorchAo:
-    kind, data, parts = _described(text, where)
-    if kind == "Int8Tensor":
-        bits, activations = 8, data.get("act_quant_kwargs")
-    elif kind == "IntxUnpackedToInt8Tensor":
-        target = data.get("target_dtype")
-        name = target.get("_data") if isinstance(target, dict) else None
-        if name not in INTX:
-            raise QuantizationError(f"target_dtype is {name!r:.80}", where=where, way_out=f"Known: {', '.join(INTX)}")
-        bits, activations = INTX[name], data.get("activation_quantization")
-    else:
-        reason = "zero points are floats in the weight's own unit" if kind.startswith("Int4") else "it is not known"
-        raise QuantizationError(f"holds a {kind:.80}: {reason}", where=where, way_out=SUPPORTED)
-    if activations is not None:
-        raise QuantizationError("activations are quantised", where=where, way_out=SUPPORTED)
-    block = data.get("block_size")
-    whole = isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)
-    if not whole or block[0] != 1:
-        raise QuantizationError(f"block_size is {block!r:.80}", where=where, way_out="Quantise per row or per group")
-    return TorchAo(kind, bits, block[1], "zero_point" in parts)
+def _int8(entry: Described) -> Scheme:
+    return TorchAo(entry.kind, 8, entry.block(), "zero_point" in entry.parts, ROUNDINGS[entry.kind](entry))
+
+
+def _intx(entry: Described) -> Scheme:
+    name = entry.value("target_dtype")
+    if not isinstance(name, str) or name not in INTX:
+        entry.refuse(f"target_dtype is {name!r:.80}", f"Known: {', '.join(INTX)}")
+    return TorchAo(entry.kind, INTX[name], entry.block(), True, ROUNDINGS[entry.kind](entry))
+
+
+#: class of a tensor -> how its entry is read
+KINDS: Mapping[str, Callable[[Described], Scheme]] = {"Int8Tensor": _int8, "IntxUnpackedToInt8Tensor": _intx, **FLOATS}
+
+
+def _scheme(entry: Described) -> Scheme:
+    if entry.kind in REFUSED:
+        entry.refuse(f"holds a {entry.kind}: {REFUSED[entry.kind]}", _INSTEAD)
+    if entry.kind not in KINDS:
+        entry.refuse(f"holds a {entry.kind:.80}, which is not known", f"Known: {', '.join(KINDS)}")
+    if "act_pre_scale" in entry.parts:
+        entry.refuse(
+            "holds act_pre_scale, by which the input is multiplied (AWQ, SmoothQuant)",
+            "Fold it into the layer in front, or quantise without it",
+        )
+    return KINDS[entry.kind](entry)
 
 
 def schemes(config: Mapping[str, Any], modules: Mapping[str, tuple[str, ...]], stored: Checkpoint) -> dict[str, Scheme]:
     """The scheme of every module with a ``_weight_qdata``, from the header of its file."""
     result: dict[str, Scheme] = {}
     for name in modules:
-        qdata = f"{name}._weight_qdata"
+        qdata = f"{name}.{PREFIX}qdata"
         if qdata not in stored.tensors:
             continue
         where = f"{stored.tensors[qdata].file.name}: metadata of {name}.weight"
@@ -130,5 +142,5 @@ def schemes(config: Mapping[str, Any], modules: Mapping[str, tuple[str, ...]], s
             raise QuantizationError(
                 "is missing", where=where, way_out=f"Save the checkpoint with torchao 0.18. {AGAIN}"
             )
-        result[name] = _scheme(text, where)
+        result[name] = _scheme(described(text, stored.tensors[qdata].dtype, where))
     return result

@@ -20,7 +20,6 @@ from compressed_tensors.quantization import (
 )
 from compressed_tensors.quantization.lifecycle.forward import forward_quantize
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -119,9 +118,6 @@ def quantised(name: str, folder: Path) -> tuple[Path, torch.Tensor, dict[str, to
     return target, logits, held
 
 
-LIBRARY = Path(__file__).parent / "library_weights" / "bitsandbytes_nf4.safetensors"
-
-
 def decoded(folder: Path, tensors: Mapping[str, torch.Tensor], config: Any, shape: tuple[int, int]) -> QuantizedTensor:
     """One linear layer "m"; every tensor must be one that its format names."""
     save_file({f"m.{name}": tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
@@ -134,17 +130,6 @@ def decoded(folder: Path, tensors: Mapping[str, torch.Tensor], config: Any, shap
         info = stored.tensors[f"m.{name}"]
         assert info.dtype in dtypes and info.shape in shapes, name
     return found.decode(stored.tensor, "m", shape)
-
-
-@pytest.mark.parametrize("case", ["nf4", "nf4-nested"])
-def test_nf4_is_what_bitsandbytes_dequantises(case: str, tmp_path: Path) -> None:
-    with safe_open(LIBRARY, "pt") as file:
-        parts = {n.removeprefix(f"{case}."): file.get_tensor(n) for n in file.keys() if n.startswith(f"{case}.")}  # noqa: SIM118
-        config = json.loads(file.metadata()[case])
-    expected = parts.pop("expected")
-    found = decoded(tmp_path, parts, config, tuple(expected.shape))
-    np.testing.assert_array_equal(found.dequantize(), expected.numpy())
-    assert (found.encoding, found.group) == ("nf4", 64)
 
 
 def test_blocks_of_nf4_that_do_not_end_with_a_row(tmp_path: Path) -> None:

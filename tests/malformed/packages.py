@@ -10,12 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from exporters.errors import ExportError
 from exporters.package_schema import MANIFEST
 from exporters.safe_files import hash_file, hash_whole
 from exporters.student import Student, load_student
+from tests.refusals import raises
 
 GROWTH_KB = 300 << 10  # no refusal may cost more memory than this
 
@@ -48,7 +47,7 @@ def relist(folder: Path, change: Callable[[dict[str, Any]], object] = lambda man
 def refused(kind: type[ExportError], *words: str, action: Callable[[], object]) -> ExportError:
     """`action` raises exactly this kind of error; it names all `words` and a way out, in bounded memory."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(ExportError) as caught:
+    with raises(ExportError) as caught:
         action()
     error = caught.value
     assert type(error) is kind, f"{type(error).__name__}: {error}"

@@ -19,6 +19,7 @@ from runtimes.archive import pack, unpack
 from runtimes.bundle import Bundle, BundleError, UnsafeBundlePath, load_bundle, write_manifest
 from runtimes.report import Report, write_report
 from tests.bundle_maker import FILES, edit_manifest, make_bundle, manifest, write_files
+from tests.refusals import raises
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def bundle(tmp_path: Path) -> Bundle:
 
 
 def refused(act: Callable[[], object], kind: type[BundleError] = BundleError) -> str:
-    with pytest.raises(kind) as caught:
+    with raises(kind) as caught:
         act()
     assert caught.value.what and caught.value.way_out
     return str(caught.value)

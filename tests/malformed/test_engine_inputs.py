@@ -23,6 +23,7 @@ from runtimes.engines import Machine, WrongEngine
 from runtimes.machine_key import is_sealed, key_path, seal
 from runtimes.session import open_session
 from runtimes.tensorrt_options import options_of
+from tests.refusals import raises
 from tests.runtimes.engine_maker import tiny_engine_bundle
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +53,7 @@ def lm(bundle: Bundle) -> Artifact:
 
 
 def refused(act: Callable[[], object], kind: type[Exception] = WrongEngine) -> str:
-    with pytest.raises(kind) as caught:
+    with raises(kind) as caught:
         act()
     return str(caught.value)
 

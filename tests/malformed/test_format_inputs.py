@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from exporters.errors import ConfigError, ExportError, QuantizationError, WeightsError
 from exporters.student import load_student
 from tests.malformed.packages import edit_json, load_refused
+from tests.refusals import raises
 from tools.make_checkpoints import write
 
 PROJ = "model.layers.0.self_attn.q_proj"
@@ -55,6 +56,17 @@ def _at(index: tuple[int, ...], value: float) -> Callable[[torch.Tensor], torch.
     return change
 
 
+def _byte(value: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The first code set to ``value``."""
+
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        raw = tensor.view(torch.uint8).clone()
+        raw[0, 0] = value
+        return raw.view(tensor.dtype)
+
+    return change
+
+
 CONFIG: list[tuple[str, str, dict[str, Any], str]] = [
     ("gptq bits", "gptq-4bit", {"bits": 5}, "bits is 5"),
     ("gptq bits as text", "gptq-4bit", {"bits": "4"}, "bits is '4'"),
@@ -74,6 +86,18 @@ CONFIG: list[tuple[str, str, dict[str, Any], str]] = [
     ("awq no zero points", "awq-4bit", {"zero_point": False}, "zero_point is false"),
     ("awq writer", "awq-4bit", {"backend": "llm-awq"}, "llm-awq"),
     ("awq left out", "awq-4bit", {"modules_to_not_convert": ["q_proj"]}, "leaves the module out"),
+    ("autoround packing", "autoround-4bit", {"packing_format": "auto_round:fp8_static"}, "fp8_static"),
+    ("autoround type", "autoround-4bit", {"data_type": "mx_fp"}, "mx_fp"),
+    ("autoround activations", "autoround-4bit", {"act_bits": 8}, "act_bits is 8"),
+    ("autoround modules", "autoround-4bit", {"extra_config": ["a"]}, "modules and their values"),
+    ("autoround module", "autoround-4bit", {"extra_config": {PROJ: {"bits": 6}}}, "bits is 6"),
+    ("autoround pattern", "autoround-4bit", {"extra_config": {"(a+)+": {"bits": 4}}}, "unbounded"),
+    (
+        "autoround awq",
+        "autoround-4bit",
+        {"packing_format": "auto_round:auto_awq", "extra_config": {PROJ: {"group_size": 16}}},
+        "values of their own",
+    ),
     ("bitsandbytes", "bitsandbytes-int8", {"load_in_8bit": False}, "load_in_8bit"),
     ("qat version", "qat-4bit", {"version": 2}, "version is 2"),
     ("qat symmetric", "qat-4bit", {"symmetric": None}, "symmetric"),
@@ -134,18 +158,73 @@ HEADERS: list[tuple[str, Change, type[ExportError], str]] = [
     ("missing", lambda h: h.pop(f"{PROJ}.weight"), QuantizationError, "is missing"),
     ("no JSON", lambda h: h.update({f"{PROJ}.weight": "{"}), ConfigError, "metadata"),
     ("a list", lambda h: h.update({f"{PROJ}.weight": "[]"}), QuantizationError, "is '[]'"),
-    ("tiles", _described(_type="Int4TilePackedTo4dTensor"), QuantizationError, "floats in the weight's own unit"),
+    ("int4", _described(_type="Int4Tensor"), QuantizationError, "floats in the weight's own unit"),
+    ("tiles", _described(_type="Int4TilePackedTo4dTensor"), QuantizationError, "in a GPU's tiles"),
+    ("words", _described(_type="Int4PlainInt32Tensor"), QuantizationError, "XPU's or NPU's own conversion"),
     ("unknown", _described(_type="Float6Tensor"), QuantizationError, "Float6Tensor"),
-    ("activations", _described(activation_quantization="int8_asym_per_token"), QuantizationError, "activations"),
-    ("block", _described(block_size=[2, 32]), QuantizationError, "block_size"),
+    ("activations", _described(activation_quantization="int4_per_token"), QuantizationError, "int4_per_token"),
+    ("factors", _described(_tensor_data_names=["qdata", "act_pre_scale"]), QuantizationError, "act_pre_scale"),
+    ("block", _described(block_size=[0, 32]), QuantizationError, "block_size"),
+    ("a block of no rows", _described(block_size=32), QuantizationError, "block_size"),
     ("a block that does not divide", _described(block_size=[1, 40]), QuantizationError, "does not divide"),
-    ("bits", _described(target_dtype={"_type": "torch.dtype", "_data": "int1"}), QuantizationError, "int1"),
+    ("bits", _described(target_dtype={"_type": "torch.dtype", "_data": "int9"}), QuantizationError, "int9"),
 ]
 
 
 @pytest.mark.parametrize(("change", "kind", "word"), [row[1:] for row in HEADERS], ids=[row[0] for row in HEADERS])
 def test_torchaos_header(tmp_path: Path, change: Change, kind: type[ExportError], word: str) -> None:
     load_refused(_changed(tmp_path, "torchao-int4", header=change), kind, word)
+
+
+INT8 = {"granularity": {"_type": "PerRow", "_data": {"dim": -1}}, "mapping_type": {"_type": "M", "_data": "SYMMETRIC"}}
+PER_TENSOR = {"granularity": {"_type": "PerTensor", "_data": {}}}
+
+
+def _inputs(**changes: Any) -> Change:
+    return _described(act_quant_kwargs={"_type": "Kwargs", "_data": INT8 | changes})
+
+
+OTHERS: list[tuple[str, str, Change, str]] = [
+    ("one scale for all tokens", "torchao-int8", _inputs(**PER_TENSOR), "from all tokens that are run together"),
+    ("7 bits", "torchao-int8", _inputs(reduce_range=True), "reduced range of 7 bits"),
+    ("mapping", "torchao-int8", _inputs(mapping_type={"_type": "M", "_data": "ODD"}), "'ODD'"),
+    ("granularity", "torchao-int8", _inputs(granularity={"_type": "PerAxis", "_data": {"axis": 0}}), "PerAxis"),
+    ("options", "torchao-int8", _described(act_quant_kwargs=[1]), "act_quant_kwargs is [1]"),
+    ("fp8 of another type", "torchao-fp8", _inputs(float8_dtype="float8_e5m2"), "float8_e5m2"),
+    ("fp8 bounds", "torchao-fp8", _inputs(hp_value_ub=1200.0), "hp_value_ub bounds"),
+    ("mx inputs", "torchao-mxfp8", _inputs(), "MXTensor's own rule"),
+    ("mx of 6 bits", "torchao-mxfp8", _described(elem_dtype="fp6_e3m2"), "fp6_e3m2"),
+    ("mx blocks", "torchao-mxfp8", _described(block_size=33), "block_size is 33"),
+    ("mx tiles", "torchao-mxfp8", _described(is_swizzled_scales="yes"), "is_swizzled_scales is 'yes'"),
+    ("nvfp4 inputs", "torchao-nvfp4", _inputs(), "NVFP4Tensor's own rule"),
+    ("nvfp4 blocks", "torchao-nvfp4", _described(block_size=32), "block_size is 32"),
+]
+
+
+@pytest.mark.parametrize(("case", "change", "word"), [row[1:] for row in OTHERS], ids=[row[0] for row in OTHERS])
+def test_torchaos_header_of_other_classes(tmp_path: Path, case: str, change: Change, word: str) -> None:
+    load_refused(_changed(tmp_path, case, header=change), QuantizationError, f"metadata of {PROJ}.weight", word)
+
+
+FLOATS: list[tuple[str, str, Change, type[ExportError], str]] = [
+    ("fp8 NaN", "torchao-fp8", _set("_weight_qdata", _byte(0x7F)), QuantizationError, "NaN"),
+    ("fp8 scale of zero", "torchao-fp8", _set("_weight_scale", _at((0, 0), 0.0)), QuantizationError, "zero, negative"),
+    ("mx exponent", "torchao-mxfp8", _set("_weight_scale", _byte(255)), QuantizationError, "exponent 255"),
+    ("nvfp4 scale", "torchao-nvfp4", _set("_weight_scale", _byte(0xB8)), QuantizationError, "negative or NaN"),
+    ("nvfp4 rows of scales", "torchao-nvfp4", _set("_weight_scale", lambda t: t[:16]), WeightsError, "_weight_scale"),
+    (
+        "nvfp4 whole", "torchao-nvfp4", _set("_weight_per_tensor_scale", lambda t: -t), QuantizationError, "negative",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("case", "change", "kind", "word"), [row[1:] for row in FLOATS], ids=[row[0] for row in FLOATS]
+)
+def test_float_tensors_of_torchao_that_cannot_be(
+    tmp_path: Path, case: str, change: Change, kind: type[ExportError], word: str
+) -> None:
+    load_refused(_changed(tmp_path, case, tensors=change), kind, word)
 
 
 def test_a_bias_of_zeros_says_nothing(tmp_path: Path) -> None:
@@ -172,6 +251,6 @@ def test_a_width_whose_packing_is_not_told_by_its_shape(tmp_path: Path) -> None:
     """20 columns of 3 bits take two words packed densely, and two with ten to a word."""
     from exporters.formats.compressed_tensors import PackQuantized
 
-    with pytest.raises(QuantizationError, match="same shape packed densely"):
+    with raises(QuantizationError, match="same shape packed densely"):
         PackQuantized(3, True, None).check("m", (8, 20))
     PackQuantized(3, True, None).check("m", (8, 64))

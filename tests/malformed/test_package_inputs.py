@@ -17,6 +17,7 @@ from exporters.package import validate, write_manifest
 from exporters.safe_files import MAX_FILES
 from exporters.student import load_student
 from tests.malformed.packages import edit_json, load_refused, refused, relist
+from tests.refusals import raises
 from tools.tiny_student import modality_table
 
 SHARD = "model-00002-of-00002.safetensors"
@@ -313,7 +314,7 @@ def test_the_writer_leaves_nothing_for_an_invalid_package(package: Path) -> None
     (package / "package.json").unlink()
     table = modality_table()
     table["image"]["grid"] = [4, 5]
-    with pytest.raises(ExportError):
+    with raises(ExportError):
         write_manifest(package, "x", "1.0.0", "MIT", table)
     assert not [path.name for path in package.iterdir() if "package.json" in path.name]
 

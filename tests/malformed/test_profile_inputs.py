@@ -9,6 +9,7 @@ import pytest
 
 from device_profiles import ProfileError, list_profiles, load_profile, load_profile_file
 from device_profiles.loader import FOLDER
+from tests.refusals import raises
 
 
 def changed(tmp_path: Path, base: str, pattern: str, replacement: str) -> Path:
@@ -21,7 +22,7 @@ def changed(tmp_path: Path, base: str, pattern: str, replacement: str) -> Path:
 
 
 def refused(path: Path) -> ProfileError:
-    with pytest.raises(ProfileError) as caught:
+    with raises(ProfileError) as caught:
         load_profile_file(path)
     assert caught.value.what and caught.value.way_out
     assert path.name in str(caught.value)
@@ -32,13 +33,13 @@ def refused(path: Path) -> ProfileError:
     "name", ["../../x", "/etc/passwd", "host.toml", "", ".", "Host", "a/b", "x\0y", "..", "a" * 999]
 )
 def test_a_name_is_never_a_path(name: str) -> None:
-    with pytest.raises(ProfileError, match="is not the name of a profile") as caught:
+    with raises(ProfileError, match="is not the name of a profile") as caught:
         load_profile(name)
     assert "jetson-orin" in str(caught.value)
 
 
 def test_an_unknown_profile_lists_those_there_are() -> None:
-    with pytest.raises(ProfileError) as caught:
+    with raises(ProfileError) as caught:
         load_profile("raspberry-pi-6")
     assert "Did you mean raspberry-pi-5?" in str(caught.value)
     assert all(name in str(caught.value) for name in list_profiles())

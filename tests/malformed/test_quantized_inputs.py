@@ -10,11 +10,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.utils.quantization_config import QuantizationMethod
 
 from exporters.errors import QuantizationError, WeightsError
+from exporters.formats import METHODS
+from exporters.formats.refused import REFUSED
 from exporters.student import load_student
 from tests.conftest import MakeStudent
 from tests.malformed.packages import copy_package, edit_json, load_refused, relist
+from tests.refusals import raises
 
 SHARD = "model-00001-of-00002.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -43,12 +47,23 @@ def _tensors(package: Path, change: Callable[[dict[str, torch.Tensor]], object])
     return relist(package)
 
 
-@pytest.mark.parametrize("method", ["aqlm", "hqq", "quanto", None, 4, ["compressed-tensors"]])
+@pytest.mark.parametrize("method", ["gtpq", "", None, 4, ["compressed-tensors"]])
 def test_an_unknown_method_lists_the_supported(package: Path, method: object) -> None:
     _config(package, lambda config: config.update(quant_method=method))
     error = load_refused(package, QuantizationError, "quant_method", repr(method), "compressed-tensors")
     assert "pack-quantized" in error.way_out
     assert "int-quantized" in error.way_out
+
+
+@pytest.mark.parametrize("method", sorted(REFUSED))
+def test_a_method_that_is_not_read_says_why(package: Path, method: str) -> None:
+    _config(package, lambda config: config.update(quant_method=method))
+    error = load_refused(package, QuantizationError, "quantization_config.quant_method", repr(method), REFUSED[method])
+    assert "--quantise" in error.way_out
+
+
+def test_no_method_of_transformers_is_forgotten() -> None:
+    assert {method.value for method in QuantizationMethod} <= {*METHODS, *REFUSED}
 
 
 def test_a_method_is_never_guessed(package: Path) -> None:
@@ -235,5 +250,5 @@ def test_bits_beyond_the_last_column(tmp_path: Path) -> None:
     for bit in (4, 8, 31):
         packed.zero_()
         packed[1, 1] = 1 << bit if bit < 31 else -(1 << 31)
-        with pytest.raises(QuantizationError, match="beyond column 9"):
+        with raises(QuantizationError, match="beyond column 9"):
             decode(state.__getitem__, "m", (2, 9))

@@ -22,6 +22,7 @@ from runtimes.cli import open_bundle
 from runtimes.keys import KeyFileError, load_private_key, load_public_key, make_keys, trusted_keys
 from runtimes.signing import TRUST_VARIABLE, SignatureError, main, open_signed, sign_bundle
 from tests.bundle_maker import edit_manifest, make_bundle
+from tests.refusals import raises
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def signed(made: Path, tmp_path: Path) -> Bundle:
 
 
 def refused(act: Callable[[], object], kind: type[BundleError] = SignatureError) -> str:
-    with pytest.raises(kind) as caught:
+    with raises(kind) as caught:
         act()
     assert caught.value.what and caught.value.where and caught.value.way_out
     return str(caught.value)
