@@ -301,7 +301,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.error(error)
         return 2
     except OSError as error:  # a path that the system refuses, such as one below /proc
-        console.error(ExportError(error.strerror or str(error), where=str(error.filename or options.output)))
+        console.error(
+            ExportError(
+                error.strerror or str(error), where=str(error.filename or options.output), way_out="Choose another path"
+            )
+        )
         return 2
     except KeyboardInterrupt:
         console.error("interrupted; nothing was published")

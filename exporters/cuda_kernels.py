@@ -26,6 +26,7 @@ SMS = ("sm_87", "sm_89", "sm_90", "sm_110", "sm_120")
 FLAGS = ("-std=c++17", "-default-device")
 #: Where NVIDIA's own installer puts CUDA.
 TOOLKIT = Path("/usr/local/cuda")
+_COMPILER = "Install the compilers of the extra `cuda`, or correct the source that it names"
 NVRTC_PACKAGES = ("nvidia-cuda-nvrtc-cu12==12.6.85", "nvidia-cuda-runtime-cu12==12.6.77")
 NVCC_PACKAGES = (
     *("nvidia-cuda-nvcc==13.0.88", "nvidia-nvvm==13.0.88", "nvidia-cuda-crt==13.0.88"),
@@ -108,7 +109,7 @@ def nvcc_ptx(source: str, sm: str) -> bytes:
                    "edge.cu", "-o", "edge.ptx"]  # fmt: skip
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise KernelsRefused(done.stderr.strip() or done.stdout.strip(), where=f"nvcc {sm}")
+            raise KernelsRefused(done.stderr.strip() or done.stdout.strip(), where=f"nvcc {sm}", way_out=_COMPILER)
         return (Path(folder) / "edge.ptx").read_bytes()
 
 
@@ -124,7 +125,7 @@ def cubin_report(source: str, sm: str) -> dict[str, dict[str, int]]:
                    "-Werror", "all-warnings", "edge.cu", "-o", "edge.cubin"]  # fmt: skip
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise KernelsRefused(done.stderr.strip() or done.stdout.strip(), where=f"nvcc {sm}")
+            raise KernelsRefused(done.stderr.strip() or done.stdout.strip(), where=f"nvcc {sm}", way_out=_COMPILER)
     return dict(_entries(done.stderr + done.stdout))
 
 
@@ -185,10 +186,10 @@ def nvrtc_ptx(source: str, sm: str) -> bytes:
     words = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
     created = library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"edge.cu", 0, None, None)
     if created:
-        raise KernelsRefused(f"nvrtcCreateProgram failed with {created}", where=f"NVRTC {sm}")
+        raise KernelsRefused(f"nvrtcCreateProgram failed with {created}", where=f"NVRTC {sm}", way_out=_COMPILER)
     try:
         if library.nvrtcCompileProgram(program, len(options), words):
-            raise KernelsRefused(_text(library, program, "ProgramLog").decode(), where=f"NVRTC {sm}")
+            raise KernelsRefused(_text(library, program, "ProgramLog").decode(), where=f"NVRTC {sm}", way_out=_COMPILER)
         return _text(library, program, "PTX").rstrip(b"\0")
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))

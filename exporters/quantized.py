@@ -18,6 +18,7 @@ from exporters.encodings import ENCODINGS, INTEGER, values
 from exporters.errors import QuantizationError
 
 Array = np.ndarray[Any, Any]
+AGAIN = "Quantise the checkpoint again"
 #: bits of a code -> bits of the field that it is kept in: a whole number of fields fills a byte
 FIELDS: Mapping[int, int] = {2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}
 
@@ -55,11 +56,13 @@ class QuantizedTensor:
                 f"{self.bits} bits", where=where, way_out=f"Supported: {', '.join(map(str, FIELDS))}"
             )
         if self.encoding != INTEGER and (self.zero_points is not None or ENCODINGS[self.encoding].bits != self.bits):
-            raise QuantizationError(f"{self.encoding} of {self.bits} bits or with zero points", where=where)
+            raise QuantizationError(
+                f"{self.encoding} of {self.bits} bits or with zero points", where=where, way_out=AGAIN
+            )
         if self.order is not None and not np.array_equal(np.sort(self.order), np.arange(columns)):
-            raise QuantizationError(f"order is not a permutation of {columns} columns", where=where)
+            raise QuantizationError(f"order is not a permutation of {columns} columns", where=where, way_out=AGAIN)
         if not 1 <= self.group <= max(columns, 1):
-            raise QuantizationError(f"a group of {self.group} columns, K = {columns}", where=where)
+            raise QuantizationError(f"a group of {self.group} columns, K = {columns}", where=where, way_out=AGAIN)
         grid = (rows, -(-columns // self.group))
         wanted = {"codes": ((rows, -(-columns * FIELDS[self.bits] // 8)), np.uint8), "scales": (grid, np.float32)}
         if self.zero_points is not None:
@@ -68,7 +71,9 @@ class QuantizedTensor:
             array = getattr(self, name)
             if array.shape != shape or array.dtype != dtype:
                 raise QuantizationError(
-                    f"{name} is {array.dtype} {array.shape}, wanted {np.dtype(dtype)} {shape}", where=where
+                    f"{name} is {array.dtype} {array.shape}, wanted {np.dtype(dtype)} {shape}",
+                    where=where,
+                    way_out=AGAIN,
                 )
 
     def take(self, rows: Any) -> QuantizedTensor:
@@ -120,7 +125,7 @@ class QuantizedTensor:
         """Pack unsigned codes, uint8 [N, K] in stored order; without ``group`` the scales [N, K/group] give it."""
         rows, columns = codes.shape
         if codes.dtype != np.uint8 or (codes.size and int(codes.max()) >= 1 << bits):
-            raise QuantizationError(f"codes are not uint8 below 2**{bits}", where=source)
+            raise QuantizationError(f"codes are not uint8 below 2**{bits}", where=source, way_out=AGAIN)
         if group is None:
             group = columns // scales.shape[1] if scales.shape[1] else 0
         packed, field = np.ascontiguousarray(codes), FIELDS.get(bits, 8)

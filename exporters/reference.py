@@ -23,7 +23,7 @@ def assemble(variant: str, destination: str | Path, source: Path = DATA) -> Path
     destination = Path(destination)
     if variant not in VARIANTS:
         raise PackageError(
-            f"no variant {variant!r} of the reference student", way_out=f"There are: {', '.join(VARIANTS)}"
+            f"no variant {variant!r}", where="reference student", way_out=f"There are: {', '.join(VARIANTS)}"
         )
     if not (source / variant).is_dir():
         raise PackageError(

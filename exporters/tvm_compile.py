@@ -58,7 +58,11 @@ def compile_apart(request: Request) -> list[str]:
     if done.returncode:
         last = next(iter(reversed(done.stderr.strip().splitlines())), f"exit status {done.returncode}")
         kind = request.target["kind"]
-        raise ExportError(f"TVM does not compile it for {kind}: {last}", where=Path(request.library).name)
+        raise ExportError(
+            f"TVM does not compile it for {kind}: {last}",
+            where=Path(request.library).name,
+            way_out="Export it for another backend (--backends)",
+        )
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -87,7 +87,11 @@ def measure_apart(bundle: Bundle, artifact: Artifact, effort: Effort) -> Measure
     except subprocess.TimeoutExpired as error:
         raise BenchError(f"no result within {CHILD_SECONDS} s", name, "Use fewer --soak tokens") from error
     if done.returncode:
-        raise BenchError(f"the measurement ended with {done.returncode}: {done.stderr.strip()[-2000:]}", name)
+        raise BenchError(
+            f"the measurement ended with {done.returncode}: {done.stderr.strip()[-2000:]}",
+            name,
+            "Correct what it says, or choose other artifacts (--component, --form)",
+        )
     raw = json.loads(done.stdout.splitlines()[-1])
     figures = tuple(Figure(**figure) for figure in raw["figures"])
     return Measurement(figures, raw["invalid"], raw["notes"], raw["effective"])

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.errors import Fault
+from runtimes.errors import DRIVER, Fault
 from runtimes.session import Array, BackendUnavailable, OutOfDeviceMemory
 
 _OUT_OF_MEMORY = 2
@@ -166,7 +166,7 @@ class Driver:
         if code:
             text = ctypes.c_char_p()
             self._cuda.cuGetErrorString(code, byref(text))
-            raise CudaError(f"{name}: {(text.value or b'error').decode()} ({code})", "CUDA")
+            raise CudaError(f"{name}: {(text.value or b'error').decode()} ({code})", "CUDA", DRIVER)
 
 
 class _Pinned:

@@ -5,6 +5,11 @@ A command prints `str(error)` and exits non-zero; a caller can read the three pa
 
 from __future__ import annotations
 
+#: Ways out that several errors have.
+DRIVER = "Install or restart NVIDIA's driver, and see what nvidia-smi says"
+MAKE_AGAIN = "Make the bundle again"
+RUN_AGAIN = "Open the session again; if it recurs, look at the report's gates or choose another artifact"
+
 
 class Fault(Exception):
     """Base of every error the runtime raises on purpose.

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from runtimes.errors import Fault
-from runtimes.output import EmptyOutput, write_output
+from runtimes.output import DECODED, EmptyOutput, write_output
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PillowImage
@@ -109,11 +109,11 @@ def to_pixels(image: Array, preprocessing: Mapping[str, Any]) -> Array:
     """
     chw = np.asarray(image, np.float32).reshape(image.shape[-3:])
     if not np.isfinite(chw).all():
-        raise EmptyOutput("the decoded image holds NaN or infinity")
+        raise EmptyOutput("holds NaN or infinity", "decoded image", DECODED)
     mean, std = (np.asarray(preprocessing[key], np.float32)[:, None, None] for key in ("mean", "std"))
     pixels: Array = np.rint(np.clip(chw * std + mean, 0, 1) * 255).astype(np.uint8).transpose(1, 2, 0)
     if (pixels == pixels[0, 0]).all():
-        raise EmptyOutput(f"the decoded image is a single colour ({pixels[0, 0].tolist()})")
+        raise EmptyOutput(f"is a single colour ({pixels[0, 0].tolist()})", "decoded image", DECODED)
     return pixels
 
 

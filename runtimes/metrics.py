@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.output import EmptyOutput
+from runtimes.output import DECODED, EmptyOutput
 
 Array = np.ndarray[Any, Any]
 HIGHER_IS_BETTER = {"same_top", "psnr", "ssim", "si_snr", "snr", "codes_equal", "identical"}
@@ -24,9 +24,9 @@ def require_signal(signal: Array, name: str) -> None:
     """Raises EmptyOutput where a value is not finite or all values are equal (a blank picture, silence)."""
     values = np.asarray(signal)
     if values.size == 0 or not np.isfinite(values).all():
-        raise EmptyOutput("is empty or holds NaN or infinity", name)
+        raise EmptyOutput("is empty or holds NaN or infinity", name, DECODED)
     if float(np.ptp(values)) <= 1e-6 * max(1.0, float(np.abs(values).max())):
-        raise EmptyOutput(f"is constant ({float(values.flat[0]):.6g} everywhere)", name)
+        raise EmptyOutput(f"is constant ({float(values.flat[0]):.6g} everywhere)", name, DECODED)
 
 
 def relative_max_error(reference: Array, result: Array) -> float:

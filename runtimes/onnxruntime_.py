@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from runtimes.errors import Fault
+from runtimes.errors import RUN_AGAIN, Fault
 from runtimes.session import Array, CheckedSession, Limits, OutOfDeviceMemory, limits_of
 
 if TYPE_CHECKING:
@@ -176,4 +176,4 @@ def _fault(error: Exception, where: str, *, loading: bool) -> Exception:
         return IncompatibleModel(
             f"ONNX Runtime {version} cannot load it: {text}", where, "Install the version that the manifest names"
         )
-    return Fault(text, where)
+    return Fault(text, where, RUN_AGAIN)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from runtimes.errors import Fault
+from runtimes.errors import RUN_AGAIN, Fault
 from runtimes.session import Array, BackendUnavailable, CheckedSession, Limits, OutOfDeviceMemory, limits_of
 
 if TYPE_CHECKING:
@@ -230,4 +230,4 @@ def _translated(where: str, *, loading: bool) -> Iterator[None]:
             raise UnreadableModel(
                 f"OpenVINO cannot load it: {text}", where, "Fetch or build the bundle again"
             ) from error
-        raise Fault(text, where) from error
+        raise Fault(text, where, RUN_AGAIN) from error

@@ -9,6 +9,9 @@ from pathlib import Path
 from runtimes.errors import Fault
 from runtimes.files import storage_error, write_durably
 
+#: The way out of an EmptyOutput.
+DECODED = "Look at the report's gates of this artifact, or choose the exact mode"
+
 
 class OutputError(Fault):
     """The output file cannot be written."""
@@ -46,7 +49,7 @@ def write_output(path: Path, data: bytes) -> None:
 def _output_error(error: OSError, path: Path) -> OutputError:
     known = storage_error(error, path)
     return (
-        OutputError(str(known))
+        OutputError(known.what, known.where, known.way_out)
         if known
         else OutputError(os.strerror(error.errno or 0), str(path), "Choose another output")
     )

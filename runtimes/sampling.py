@@ -70,7 +70,11 @@ class Sampler:
         token = self._draw(logits, allowed) if self.settings.temperature else self._best(logits, allowed)
         # argmax returns the first NaN, and a NaN or +inf weight leaves no finite draw, so this one look is enough.
         if token < 0 or not np.isfinite(logits[token]):
-            raise SamplingError("the logits hold NaN or infinity", f"tokens {allowed.first}..{allowed.end - 1}")
+            raise SamplingError(
+                "the logits hold NaN or infinity",
+                f"tokens {allowed.first}..{allowed.end - 1}",
+                "Look at the report's gates of this artifact, or choose the exact mode",
+            )
         return token
 
     def takes(self, candidates: int, allowed: Allowed) -> bool:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from runtimes.errors import Fault
-from runtimes.output import EmptyOutput, write_output
+from runtimes.output import DECODED, EmptyOutput, write_output
 
 Array = np.ndarray[Any, Any]
 # Two minutes of 48 kHz stereo: bounds the memory that a hostile file can ask for.
@@ -124,9 +124,9 @@ def to_samples(sound: Array) -> Array:
     """
     values = np.asarray(sound, np.float32).reshape(-1)
     if not np.isfinite(values).all():
-        raise EmptyOutput("the decoded sound holds NaN or infinity")
+        raise EmptyOutput("holds NaN or infinity", "decoded sound", DECODED)
     if values.size == 0 or np.ptp(values) < 2 * SILENCE:  # a constant offset is silence too
-        raise EmptyOutput("the decoded sound is silent")
+        raise EmptyOutput("is silent", "decoded sound", DECODED)
     return np.rint(np.clip(values, -1, 1) * 32767).astype(np.int16)
 
 

@@ -17,13 +17,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from runtimes.errors import Fault
+from runtimes.errors import DRIVER, MAKE_AGAIN, Fault
 from runtimes.tensorrt_ops import Op, Tensor, bind, evaluate, kernel_name, output_shape
 
 #: Dynamic shared memory that a kernel gets without the launcher raising its limit, which TensorRT is not known to do.
 SHARED_BYTES = 48 * 1024
 _MULTIPROCESSOR_COUNT = 16  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
 NAMESPACE = "edge"
+_LIBRARY = "Use the plugin library, for which the device needs a C++ compiler"
 
 
 class BrokenKernels(Fault):
@@ -48,12 +49,12 @@ class Ptx:
         common, entries, at = [], {}, 0
         for match in re.finditer(r"^(?:\.visible\s+)?\.entry\s+(\w+)", text, re.MULTILINE):
             if match.start() < at:
-                raise BrokenKernels("has an entry point inside of another", match[1])
+                raise BrokenKernels("has an entry point inside of another", match[1], MAKE_AGAIN)
             common.append(text[at : match.start()])
             at = _end_of_body(text, match.end(), match[1])
             entries[match[1]] = text[match.start() : at]
         if not entries:
-            raise BrokenKernels("has no entry point", "PTX")
+            raise BrokenKernels("has no entry point", "PTX", MAKE_AGAIN)
         return cls("".join([*common, text[at:]]), entries)
 
     def alone(self, kernel: str, given: Sequence[str], wanted: Sequence[str]) -> str:
@@ -85,7 +86,7 @@ def _end_of_body(text: str, start: int, name: str) -> int:
         depth += {"{": 1, "}": -1}.get(match[0], 0)
         if match[0] == "}" and not depth:
             return match.end()
-    raise BrokenKernels("has no end", name)
+    raise BrokenKernels("has no end", name, MAKE_AGAIN)
 
 
 # --- registration ---------------------------------------------------------------------------------------------------
@@ -113,10 +114,10 @@ def multiprocessors() -> int:
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError as error:
-        raise Fault(f"the CUDA driver cannot be loaded ({error})", "libcuda.so.1") from error
+        raise Fault(f"the CUDA driver cannot be loaded ({error})", "libcuda.so.1", DRIVER) from error
     count = ctypes.c_int()
     if cuda.cuInit(0) or cuda.cuDeviceGetAttribute(ctypes.byref(count), _MULTIPROCESSOR_COUNT, 0):
-        raise Fault("the CUDA driver finds no device that works", "libcuda.so.1")
+        raise Fault("the CUDA driver finds no device that works", "libcuda.so.1", DRIVER)
     return count.value
 
 
@@ -137,7 +138,7 @@ def register_ops(ops: Sequence[Op], ptx: str, sms: int, tensorrt: Any) -> None:
 
     for op in ops:
         if op.launch is None:
-            raise NotAheadOfTime("has no launch for TensorRT's ahead-of-time plugins", op.name)
+            raise NotAheadOfTime("has no launch for TensorRT's ahead-of-time plugins", op.name, _LIBRARY)
     kernels = Ptx.parse(ptx)
     for op in ops:
         plugin_id = f"{NAMESPACE}::{op.name}"
@@ -174,7 +175,7 @@ def _types(op: Op, descs: Sequence[Any], tensorrt: Any) -> list[str]:
     types = [names.get(desc.dtype, str(desc.dtype)) for desc in descs]
     for tensor, kind in zip(op.inputs, types, strict=True):
         if kind not in tensor.types:
-            raise Fault(f"is {kind}, must be {' or '.join(tensor.types)}", f"{op.name}, {tensor.name}")
+            raise Fault(f"is {kind}, must be {' or '.join(tensor.types)}", f"{op.name}, {tensor.name}", MAKE_AGAIN)
     return types
 
 
@@ -216,7 +217,7 @@ def _launch(op: Op, kernels: Ptx, sms: int, tensorrt: Any, trtp: Any, *arguments
             setattr(params, f"{prefix}_{axis}", evaluate(text, scope, algebra))
     shared = evaluate(op.launch.shared, scope, algebra)
     if isinstance(shared, int) and shared > SHARED_BYTES:
-        raise NotAheadOfTime(f"needs {shared} bytes of shared memory, TensorRT gives {SHARED_BYTES}", op.name)
+        raise NotAheadOfTime(f"needs {shared} bytes of shared memory, TensorRT gives {SHARED_BYTES}", op.name, _LIBRARY)
     params.shared_mem = shared
 
     scalars = trtp.SymIntExprs(len(op.number_arguments))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from runtimes.errors import Fault
+from runtimes.errors import MAKE_AGAIN, Fault
 
 
 class BrokenTable(Fault):
@@ -89,9 +89,9 @@ def load_ops(path: Path) -> dict[str, Op]:
                 current[key] = _substituted(text, macros)
         return {name: _op(name, lines) for name, lines in paragraphs.items()}
     except (OSError, UnicodeDecodeError) as error:
-        raise BrokenTable(f"cannot be read ({error})", str(path)) from error
+        raise BrokenTable(f"cannot be read ({error})", str(path), MAKE_AGAIN) from error
     except (AssertionError, KeyError, ValueError, IndexError) as error:
-        raise BrokenTable(f"is not a table of ops ({error!r})", str(path), "Make the bundle again") from error
+        raise BrokenTable(f"is not a table of ops ({error!r})", str(path), MAKE_AGAIN) from error
 
 
 def _substituted(text: str, macros: Mapping[str, str]) -> str:
@@ -157,7 +157,7 @@ def bind(
     for tensor, shape, kind in zip(op.inputs, dims, types, strict=True):
         if len(shape) < len(tensor.shape) or (len(shape) > len(tensor.shape) and not tensor.open):
             wanted = ", ".join([*tensor.shape, *(["..."] if tensor.open else [])])
-            raise Fault(f"has {len(shape)} dimensions, must have [{wanted}]", f"{op.name}, {tensor.name}")
+            raise Fault(f"has {len(shape)} dimensions, must have [{wanted}]", f"{op.name}, {tensor.name}", MAKE_AGAIN)
         scope[f"{tensor.name}.f32"] = int(kind == "f32")
         for text, value in zip(tensor.shape, shape, strict=False):
             if text.isidentifier():
@@ -210,7 +210,7 @@ def _value(node: ast.expr, scope: Mapping[str, Any], algebra: Algebra) -> Any:
             if isinstance(a, int) and isinstance(b, int):
                 return -(-a // b) if name == "ceil_div" else {"max": max, "min": min}[name](a, b)
             return getattr(algebra, name)(algebra.symbol(a), algebra.symbol(b))
-    raise BrokenTable(f"cannot be evaluated: {ast.unparse(node)}", "ops.txt")
+    raise BrokenTable(f"cannot be evaluated: {ast.unparse(node)}", "ops.txt", MAKE_AGAIN)
 
 
 def _apply(operation: type, a: Any, b: Any, algebra: Algebra) -> Any:

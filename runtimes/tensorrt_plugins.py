@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtimes.errors import Fault
+from runtimes.errors import MAKE_AGAIN, Fault
 from runtimes.tensorrt_aot import NotAheadOfTime, multiprocessors, register_ops
 from runtimes.tensorrt_ops import Op, load_ops
 
@@ -37,6 +37,7 @@ PACKAGINGS = (((10, 9), "ahead-of-time"), ((10, 3), "library"))
 _UNITS = (*(f"library/{name}.cpp" for name in ("driver", "edge_kernels", "ops", "table")), "tensorrt/plugin.cpp")
 _FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-fvisibility-inlines-hidden")
 _BUILD_SECONDS = 600
+_COMPILER = "Install g++ 11 or newer and TensorRT's own headers, and run it again"
 
 
 class MissingPlugin(Fault):
@@ -166,10 +167,12 @@ def built_library(sources: Path, folder: Path, tensorrt_version: str) -> Path:
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_SECONDS, check=False)
         except subprocess.TimeoutExpired as error:
-            raise PluginBuildFailed(f"the compiler ran longer than {_BUILD_SECONDS} s", str(sources)) from error
+            raise PluginBuildFailed(
+                f"the compiler ran longer than {_BUILD_SECONDS} s", str(sources), _COMPILER
+            ) from error
         if done.returncode:
             words = "\n".join(done.stderr.strip().splitlines()[:20])
-            raise PluginBuildFailed(f"{Path(compiler).name} refuses the plugins:\n{words}", str(sources))
+            raise PluginBuildFailed(f"{Path(compiler).name} refuses the plugins:\n{words}", str(sources), _COMPILER)
         made.replace(library)
     return library
 
@@ -239,9 +242,9 @@ def _fields(data: memoryview) -> Iterator[tuple[int, int, int | None, int]]:
         elif kind in (1, 5):
             at += 8 if kind == 1 else 4
         else:
-            raise BrokenModel(f"byte {start} begins a field of an unknown kind ({kind})", "ONNX model")
+            raise BrokenModel(f"byte {start} begins a field of an unknown kind ({kind})", "ONNX model", MAKE_AGAIN)
         if number == 0 or at > len(data):
-            raise BrokenModel(f"the field at byte {start} does not end", "ONNX model")
+            raise BrokenModel(f"the field at byte {start} does not end", "ONNX model", MAKE_AGAIN)
         yield number, start, value, at
 
 
@@ -255,4 +258,4 @@ def _varint(data: memoryview, at: int) -> tuple[int, int]:
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
             return value, at
-    raise BrokenModel(f"the number before byte {at} does not end", "ONNX model")
+    raise BrokenModel(f"the number before byte {at} does not end", "ONNX model", MAKE_AGAIN)

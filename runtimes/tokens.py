@@ -41,7 +41,11 @@ def codes_of(tokens: Array, modality: Modality, rank: int) -> Array:
     if modality.codebooks > 1:
         codes = np.moveaxis(codes - np.arange(modality.codebooks, dtype=np.int32) * modality.codebook_size, -1, 0)
     if codes.min() < 0 or codes.max() >= modality.codebook_size:
-        raise RuntimeInputError(f"a token is outside its codebook of {modality.codebook_size}", modality.name)
+        raise RuntimeInputError(
+            f"a token is outside its codebook of {modality.codebook_size}",
+            modality.name,
+            f"Give tokens of {modality.name} alone, those of codebook after codebook",
+        )
     codes = codes[None] if codes.ndim + 2 <= rank else codes
     return np.ascontiguousarray(codes[None])
 
@@ -53,7 +57,9 @@ def tokens_of(codes: Array, modality: Modality) -> Array:
         grid = np.moveaxis(grid, 0, -1) + np.arange(modality.codebooks, dtype=np.int32) * modality.codebook_size
     if grid.size != modality.length:
         raise RuntimeInputError(
-            f"codes of shape {list(grid.shape)} do not fit the grid {list(modality.grid)}", modality.name
+            f"codes of shape {list(grid.shape)} do not fit the grid {list(modality.grid)}",
+            modality.name,
+            f"Give {modality.length} codes",
         )
     tokens: Array = (grid + modality.first).astype(np.int32).reshape(-1)
     return tokens

@@ -70,7 +70,11 @@ class TorchSession(CheckedSession):
         """Keeps the new states, and returns the outputs by name."""
         names = [spec.name for spec in self.artifact.outputs]
         if len(results) != len(names) + len(self._states):
-            raise Fault(f"{len(results)} results for {len(names)} outputs and {len(self._states)} states", self._where)
+            raise Fault(
+                f"{len(results)} results for {len(names)} outputs and {len(self._states)} states",
+                self._where,
+                "Build the bundle again",
+            )
         for held, new in zip(self._states, results[len(names) :], strict=True):
             if new.data_ptr() != held.data_ptr():
                 held.copy_(new)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 import numpy as np
 
 from runtimes.buckets import History
-from runtimes.errors import Fault
+from runtimes.errors import RUN_AGAIN, Fault
 from runtimes.host import usable_cores
 from runtimes.session import Array, CheckedSession, Limits, OutOfDeviceMemory, limits_of
 from runtimes.tvm_emulated import Emulated
@@ -235,4 +235,4 @@ def _fault(error: Exception, where: str) -> Exception:
     text = str(error)
     if isinstance(error, MemoryError) or "bad_alloc" in text or "Out of memory" in text:
         return OutOfDeviceMemory(text, where, "Use a shorter context or a smaller batch")
-    return Fault(text, where)
+    return Fault(text, where, RUN_AGAIN)

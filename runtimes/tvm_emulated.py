@@ -111,7 +111,7 @@ class Emulated:
         except OSError as error:
             raise self._ended() from error
         if self._number():
-            raise EmulatorFailed(self._word(), self._where)
+            raise EmulatorFailed(self._word(), self._where, "Run the artifact on its own device")
         return [self._tensor() for _ in range(self._number())]
 
     def use_threads(self, count: int) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from exporters.activations import Activation
 from exporters.errors import QuantizationError
-from exporters.quantized import QuantizedTensor
+from exporters.quantized import AGAIN, QuantizedTensor
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +30,6 @@ Layout = dict[str, tuple[frozenset[str], tuple[tuple[int, ...], ...]]]
 
 WHERE = "config.json: quantization_config"
 SCALES = frozenset({"F32", "F16", "BF16"})
-AGAIN = "Quantise the checkpoint again"
 
 
 class Scheme(ABC):
