@@ -35,7 +35,7 @@ _VARYING: tuple[tuple[str, str], ...] = (
     (r"/tmp/\w+/?", ""),
     (re.escape(f"{ROOT}/"), ""),
     (re.escape(sys.prefix), "<venv>"),
-    (r"\b[0-9a-f]{16,}\b", "<hash>"),
+    (r"\b(?=\d*[a-f])[0-9a-f]{16,}\b", "<hash>"),
     (r"\b0x[0-9a-f]{6,}\b", "<address>"),
     (r"\bprocess \d+", "process <number>"),
     (r"\b\d+\.\d+\.\d+[.\w+-]*", "<version>"),
@@ -60,10 +60,14 @@ class Refusal:
     way_out: str
 
     @property
+    def function(self) -> str:
+        """The test without its case."""
+        return self.test.partition("[")[0]
+
+    @property
     def given(self) -> str:
         """The test's name in words, and its case."""
-        name = self.test.rpartition("::")[2]
-        name, bracket, case = name.partition("[")
+        name, bracket, case = self.test.partition("::")[2].partition("[")
         words = name.removeprefix("test_").replace("_", " ")
         return _cell(f"{words}: {case[:-1]}" if bracket else words, _GIVEN)
 
@@ -81,9 +85,10 @@ def refusal(test: str, error: Exception) -> Refusal:
 
 def steady(text: str) -> str:
     """``text`` without what is not the same on every machine."""
+    found = text
     for pattern, stands in _VARYING:
-        text = re.sub(pattern, stands, text)
-    return text
+        found = re.sub(pattern, stands, found)
+    return found or (text and "<folder>")
 
 
 def _cell(text: str, longest: int = _LONGEST) -> str:
@@ -132,10 +137,13 @@ def markdown(refusals: Iterable[Refusal]) -> str:
     ]
     for area, group in groupby(each, lambda one: _area(one.test)):
         lines += ["", f"## {area}", "", "| given | error | where | what | way out |", "| --- | --- | --- | --- | --- |"]
-        rows: dict[str, Refusal] = {}
-        for one in group:  # cases that print the same are one line
-            rows.setdefault(one.row.partition(" | ")[2], one)
-        lines += [one.row for one in rows.values()]
+        said: set[tuple[str, ...]] = set()
+        for _, case in groupby(group, lambda one: one.test):
+            found = list(case)
+            new = {(one.function, one.error, one.what, one.way_out) for one in found} - said
+            if new:  # of cases of a test that print the same, wherever it is, the first stands for all
+                lines += [one.row for one in found]
+                said |= new
     counts = Counter(one.error for one in each)
     lines += ["", "## Classes of errors", "", "| class | meaning | cases above |", "| --- | --- | --- |"]
     for name, meaning in classes().items():

@@ -16,7 +16,6 @@ from exporters.families.decoder_lm import capture_lm
 from exporters.families.unsupported import UnsupportedModule
 from exporters.student import load_student
 from tests.exporters.families_maker import CASES, LONGROPE, Case, quantise, write
-from tests.refusals import raises
 from tools.family_matrix import CAPACITY
 
 #: name -> (model_type, options, module path, class or cause that the message names, what of it the way out says)
@@ -54,7 +53,7 @@ def test_a_module_that_is_not_understood_is_named(name: str, tmp_path: Path) -> 
     kind, options, where, what, way_out = REFUSED[name]
     write(Case(kind, options), tmp_path)
     student = load_student(tmp_path)
-    with raises(UnsupportedModule) as caught:
+    with pytest.raises(UnsupportedModule) as caught:
         capture_lm(student, CAPACITY)
     assert caught.value.where.startswith(where)
     assert what in f"{caught.value.where} {caught.value.what}"
@@ -81,7 +80,7 @@ def test_two_spellings_of_rope_that_contradict_are_refused(name: str, tmp_path: 
     case, change, field = CONTRADICTIONS[name]
     write(CASES[case], tmp_path)
     edited(tmp_path, lambda config: config.update(change))
-    with raises(ConfigError) as caught:
+    with pytest.raises(ConfigError) as caught:
         load_student(tmp_path)
     assert caught.value.where == "config.json" and field in caught.value.what and "rope_parameters" in caught.value.what
 
@@ -95,7 +94,7 @@ def test_two_spellings_that_agree_are_taken(tmp_path: Path) -> None:
 def test_a_wrapper_around_a_decoder_says_where_it_is(tmp_path: Path) -> None:
     write(CASES["gemma3"], tmp_path)
     edited(tmp_path, lambda c: c.update(model_type="gemma3", text_config=dict(c)))
-    with raises(ConfigError, match=r"gemma3.*text_config.*Save the decoder alone \(gemma3_text\)"):
+    with pytest.raises(ConfigError, match=r"gemma3.*text_config.*Save the decoder alone \(gemma3_text\)"):
         load_student(tmp_path)
 
 
@@ -107,7 +106,7 @@ def test_experts_quantised_as_one_tensor_are_refused(part: str, tmp_path: Path) 
     tensors = {name: tensor for name, tensor in load_file(path).items() if not name.startswith(prefix)}
     tensors[prefix + part] = torch.zeros(4, 48, 20, dtype=torch.uint8)
     save_file(tensors, path, metadata={"format": "pt"})
-    with raises(ExportError) as caught:
+    with pytest.raises(ExportError) as caught:
         load_student(tmp_path)
     assert prefix + part in str(caught.value) and caught.value.way_out
     if part != "gate_up_proj":
@@ -119,5 +118,5 @@ def test_an_expert_that_is_missing_is_named(tmp_path: Path) -> None:
     quantise(tmp_path)
     path, name = tmp_path / "model.safetensors", "model.layers.1.mlp.experts.2.down_proj.weight_packed"
     save_file({key: t for key, t in load_file(path).items() if key != name}, path, metadata={"format": "pt"})
-    with raises(ExportError, match=r"experts\.2\.down_proj\.weight_packed.*is missing"):
+    with pytest.raises(ExportError, match=r"experts\.2\.down_proj\.weight_packed.*is missing"):
         load_student(tmp_path)

@@ -25,7 +25,6 @@ from runtimes.archive import pack, unpack
 from runtimes.bundle import BundleBusy, BundleError, load_bundle, staged, write_manifest
 from runtimes.files import storage_errors
 from tests.bundle_maker import FILES, make_bundle, manifest
-from tests.refusals import raises
 
 ROOT = Path(__file__).parents[2]
 PAGE = 4096
@@ -122,7 +121,7 @@ def test_killed_at_every_stage(tmp_path: Path, exchange: bool, before: bool) -> 
         elif output.exists():
             results.append(check_whole(output, {b"new"}))
         else:
-            with raises(BundleError, match="does not exist"):
+            with pytest.raises(BundleError, match="does not exist"):
                 load_bundle(output)
         make_bundle(output, "1.0.2", b"next")
         check_whole(output, {b"next"})
@@ -172,7 +171,7 @@ def test_two_builders_on_one_output(tmp_path: Path, stage: str) -> None:
     builder = child(WAITING_BUILDER, tmp_path / "out", 1, stage)
     assert builder.stdout is not None
     assert builder.stdout.readline() == "waiting\n"
-    with raises(BundleBusy, match=f"process {builder.pid} is building there") as caught:
+    with pytest.raises(BundleBusy, match=f"process {builder.pid} is building there") as caught:
         make_bundle(tmp_path / "out", "1.0.2", b"mine")
     assert caught.value.way_out
     make_bundle(tmp_path / "other", "1.0.2", b"mine")  # another output is nobody else's business
@@ -198,7 +197,7 @@ def test_a_reader_between_the_two_renames_is_told_who_builds(tmp_path: Path) -> 
     builder = child(WAITING_BUILDER, tmp_path / "out", 0, "aside")
     assert builder.stdout is not None
     assert builder.stdout.readline() == "waiting\n"
-    with raises(BundleBusy, match=f"process {builder.pid}"):
+    with pytest.raises(BundleBusy, match=f"process {builder.pid}"):
         load_bundle(tmp_path / "out")
     builder.kill()
     builder.communicate()
@@ -256,7 +255,7 @@ def test_disk_full_at_every_write(tmp_path: Path, before: bool) -> None:
 
 def test_disk_full_in_a_native_writer(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 64 * PAGE) as disk:
-        with raises(BundleError, match="No space left on device"), staged(disk / "out") as folder:
+        with pytest.raises(BundleError, match="No space left on device"), staged(disk / "out") as folder:
             save_file({"weights": np.zeros(1 << 20, np.float32)}, folder / "weights.safetensors")
         assert list(disk.iterdir()) == []
 
@@ -265,9 +264,9 @@ def test_disk_full_while_packing_and_unpacking(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "bundle")
     pack(bundle.folder, tmp_path / "good.tar")
     with small_disk(tmp_path / "disk", 4 * PAGE) as disk:
-        with raises(BundleError, match="No space left on device"):
+        with pytest.raises(BundleError, match="No space left on device"):
             pack(bundle.folder, disk / "a.tar")
-        with raises(BundleError, match="are free"):
+        with pytest.raises(BundleError, match="are free"):
             unpack(tmp_path / "good.tar", disk / "out")
         assert list(disk.iterdir()) == []
 
@@ -276,23 +275,23 @@ def test_read_only_output(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 1 << 20) as disk:
         make_bundle(disk / "out", "1.0.0", b"old")
         resize(disk, "ro")
-        with raises(BundleError, match=r"Read-only file system.*elsewhere"):
+        with pytest.raises(BundleError, match=r"Read-only file system.*elsewhere"):
             make_bundle(disk / "out", "1.0.1", b"new")
         check_whole(disk / "out", {b"old"})
-        with raises(BundleError, match="Read-only file system"):
+        with pytest.raises(BundleError, match="Read-only file system"):
             make_bundle(disk / "new" / "out")
-        with raises(BundleError, match="Read-only file system"):
+        with pytest.raises(BundleError, match="Read-only file system"):
             pack(disk / "out", disk / "a.tar")
         resize(disk, "rw")
 
 
 def test_an_output_that_is_a_mount_point(tmp_path: Path) -> None:
-    with small_disk(tmp_path / "disk", 1 << 20) as disk, raises(BundleError, match="is a mount point"):
+    with small_disk(tmp_path / "disk", 1 << 20) as disk, pytest.raises(BundleError, match="is a mount point"):
         make_bundle(disk)
 
 
 def test_a_place_where_nobody_may_write() -> None:
-    with raises(BundleError) as caught:
+    with pytest.raises(BundleError) as caught:
         make_bundle(Path("/sys/kernel/out"))
     assert caught.value.where.startswith("/sys/kernel")
     assert caught.value.way_out
@@ -304,7 +303,7 @@ def test_file_size_limit(tmp_path: Path) -> None:
     for limit in (0, 1, 100, 2000, 10_000):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
         try:
-            with raises(BundleError, match=r"File too large.*file-size limit"):
+            with pytest.raises(BundleError, match=r"File too large.*file-size limit"):
                 make_bundle(tmp_path / "out", "1.0.1", b"new")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -317,13 +316,13 @@ def test_an_input_output_error_names_the_file() -> None:
     if not path.exists():
         pytest.skip("there is no /proc/self/mem to fail")
     said = r"Input/output error.*disk reports a fault"
-    with raises(BundleError, match=said) as caught, storage_errors(path), open(path, "rb", buffering=0) as file:
+    with pytest.raises(BundleError, match=said) as caught, storage_errors(path), open(path, "rb", buffering=0) as file:
         file.read(1)
     assert caught.value.where == "/proc/self/mem"
 
 
 def test_a_name_that_is_too_long(tmp_path: Path) -> None:
-    with raises(BundleError, match="shorter output path"):
+    with pytest.raises(BundleError, match="shorter output path"):
         make_bundle(tmp_path / ("x" * 300))
 
 

@@ -13,7 +13,6 @@ from device_profiles.loader import load_profile_file
 from exporters.build import main
 from tests.conftest import MakeStudent
 from tests.exporters.plain import text_only
-from tests.refusals import raises
 
 HOST = Path(__file__).parents[2] / "device_profiles" / "host.toml"
 
@@ -160,7 +159,7 @@ def test_an_unknown_method(capsys):
 def test_a_profile_that_asks_for_what_is_not_there(tmp_path, table, key, reason):
     path = tmp_path / "host.toml"
     path.write_text(HOST.read_text().replace("[components]", f"[quantise]\n{table}\n\n[components]", 1))
-    with raises(ProfileError) as caught:
+    with pytest.raises(ProfileError) as caught:
         load_profile_file(path)
     assert reason in str(caught.value)
     assert caught.value.where == f"host.toml: {key}"
