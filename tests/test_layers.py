@@ -32,7 +32,7 @@ BUILD_TOO = {"runtimes.parity", "runtimes.bench", "runtimes.report"}
 # Part of the device's own system (JetPack), in the version that its engines need.
 WITH_THE_DEVICE = {"tensorrt"}
 # Of tools/library_weights.py, which runs where these are installed: they ask for other versions than constraints.txt.
-ELSEWHERE = {"awq", "gptqmodel"}
+ELSEWHERE = {"auto_round_extension", "awq", "gptqmodel"}
 BACKENDS = ("onnx_", "onnxruntime_", "openvino_", "tensorrt_", "coreml_", "tvm_", "torch_")
 
 
