@@ -48,24 +48,56 @@ class Skeleton:
     stored: Mapping[str, Stored] = field(default_factory=dict)
 
 
-def _check_dimensions(config: Mapping[str, Any], where: str) -> None:
-    for key in _REQUIRED:
+def standard_names(config: Mapping[str, Any], where: str = "config.json") -> dict[str, Any]:
+    """The config with what its family spells otherwise (``n_embd``) under the library's standard names as well.
+
+    The names are those of the config class's ``attribute_map``. Raises ConfigError where both spellings contradict.
+    """
+    from transformers import CONFIG_MAPPING
+
+    result = dict(config)
+    for standard, own in CONFIG_MAPPING[config["model_type"]].attribute_map.items():
+        if config.get(own) is None:
+            continue
+        if config.get(standard, config[own]) != config[own]:
+            raise ConfigError(
+                f"{standard} says {config[standard]!r:.80}, {own} says {config[own]!r:.80}",
+                where=where,
+                way_out="Remove the one that is wrong: they are two names of one field",
+            )
+        result[standard] = config[own]
+    return result
+
+
+def _required(model_type: str) -> list[str]:
+    """The dimensions that a family's config has to state: a recurrent one has no heads, another derives its layers."""
+    from transformers import CONFIG_MAPPING
+
+    kind = CONFIG_MAPPING[model_type]
+    stated = {key for key in _REQUIRED if hasattr(kind, key) and not isinstance(getattr(kind, key), property)}
+    return [key for key in _REQUIRED if key in stated | set(kind.attribute_map)]
+
+
+def _check_dimensions(config: Mapping[str, Any], required: Collection[str], where: str) -> None:
+    for key in required:
         if config.get(key) is None:
             raise ConfigError(f"{key} is missing", where=where, way_out="Add it: a default would be a guess")
     for key, most in _DIMENSIONS.items():
         value = config.get(key)
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
-            raise ConfigError(f"{key} is {value!r:.80}", where=where, way_out=f"Give a whole number from 1 to {most}")
-    heads, groups = config["num_attention_heads"], config.get("num_key_value_heads")
-    if config.get("head_dim") is None and config["hidden_size"] % heads:
+        # Some families have a width for each layer; whether this one does is the library's to say.
+        for one in value if key == "intermediate_size" and isinstance(value, list) else (value,):
+            if isinstance(one, bool) or not isinstance(one, int) or not 0 < one <= most:
+                raise ConfigError(f"{key} is {one!r:.80}", where=where, way_out=f"Give a whole number from 1 to {most}")
+    heads, groups = config.get("num_attention_heads"), config.get("num_key_value_heads")
+    if heads and config.get("head_dim") is None and config.get("hidden_size", heads) % heads:
         raise ConfigError(
             f"num_attention_heads {heads} does not divide hidden_size {config['hidden_size']}",
             where=where,
             way_out="Correct one of them, or state head_dim",
         )
-    if groups is not None and heads % groups:
+    if heads and groups is not None and heads % groups:
         raise ConfigError(
             f"num_key_value_heads {groups} does not divide num_attention_heads {heads}",
             where=where,
@@ -116,7 +148,7 @@ def check_model_config(config: Mapping[str, Any], where: str = "config.json") ->
                 where=where,
                 way_out=f"Save the decoder alone ({config[key].get('model_type', 'its text model')}) as a checkpoint",
             )
-    _check_dimensions(config, where)
+    _check_dimensions(standard_names(config, where), _required(kind), where)
     check_rope(config, where)
 
 

@@ -16,6 +16,7 @@ from exporters.errors import ExportError
 from exporters.families import capture_student
 from exporters.inheritance import Inheritance
 from exporters.kv_cache import cache_steps
+from exporters.model_config import standard_names
 from exporters.noise import PRECISIONS, Floor
 from exporters.plan import Entry, Forecast, check_fit, forecast, plan_entries
 from exporters.program import Program
@@ -139,10 +140,11 @@ def _twin(student: Student, floating: Student) -> Student:
             where=f"--float-package {floating.folder}",
             way_out="Name the float student that this one was quantised from.",
         )
+    theirs, ours = standard_names(floating.config), standard_names(student.config)
     for key in TWIN_KEYS:
-        if floating.config.get(key) != student.config.get(key):
+        if theirs.get(key) != ours.get(key):
             raise ExportError(
-                f"has {key} {floating.config.get(key)}, the student {student.config.get(key)}",
+                f"has {key} {theirs.get(key)}, the student {ours.get(key)}",
                 where=f"--float-package {floating.folder}",
                 way_out="Name the float twin of this student.",
             )

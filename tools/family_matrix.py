@@ -12,7 +12,9 @@ their references), in chunks, against the model's own eager forward. `exact` is 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
+import resource
 import signal
 import tempfile
 import warnings
@@ -28,6 +30,7 @@ import torch
 from exporters.errors import ExportError
 from exporters.families.decoder_lm import capture_lm
 from exporters.families.language_models import FAMILIES
+from exporters.model_config import check_model_config
 from exporters.program import Program
 from exporters.student import load_student
 
@@ -45,7 +48,8 @@ opened and captured as a build does it; the captured Program runs in PyTorch, in
 forward. `exact`: the relative error, at most 1e-5. `not tried`: no small config was found that the library itself
 runs; a checkpoint of it goes the same way, and is exported or refused like the others."""
 
-#: What every config is made small with; keys that a config class does not have are passed over.
+#: What every config is made small with, under the library's standard names; what a config class does not have is
+#: passed over, and what it spells otherwise is found by its attribute_map.
 SMALL: dict[str, Any] = dict(
     vocab_size=VOCAB,
     hidden_size=40,
@@ -66,13 +70,68 @@ SMALL: dict[str, Any] = dict(
     eos_token_id=2,
     sliding_window=7,
     rotary_dim=8,
+    is_decoder=True,
+    head_dim=16,
+    # Encoder-decoders, of which the decoder alone is made.
+    d_model=40,
+    decoder_layers=3,
+    encoder_layers=1,
+    decoder_attention_heads=4,
+    encoder_attention_heads=4,
+    decoder_ffn_dim=56,
+    encoder_ffn_dim=56,
+    ffn_dim=56,
+    # Learned absolute positions.
+    word_embed_proj_dim=40,
+    n_inner=56,
+    # Recurrent layers: heads of 20 are twice the hidden size.
+    mamba_n_heads=4,
+    mamba_d_ssm=80,
+    n_shared_experts=1,
+    mamba_d_head=20,
+    mamba_d_state=8,
+    mamba_n_groups=1,
+    state_size=8,
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=16,
+    linear_value_head_dim=16,
 )
-#: What a family takes no smaller.
-OWN: dict[str, dict[str, Any]] = {"phi": dict(hidden_size=64)}
+#: What else a family needs, where it takes no less or where the library's default is of full size.
+OWN: dict[str, dict[str, Any]] = {
+    "phi": dict(hidden_size=64),
+    "helium": dict(hidden_size=64),
+    "persimmon": dict(hidden_size=64),
+    "codegen": dict(hidden_size=64),
+    "gptj": dict(hidden_size=64),
+    "gpt_neo": dict(attention_types=[[["global", "local", "global"], 1]], window_size=7),
+    "mamba2": dict(num_heads=4, head_dim=20, n_groups=1),
+    "zaya": dict(num_experts_per_tok=1),
+    "xlnet": dict(d_head=10, d_inner=56),
+    "prophetnet": dict(num_decoder_attention_heads=4, num_encoder_attention_heads=4, num_decoder_layers=3),
+    "lfm2_moe": dict(layer_types=["full_attention", "conv", "full_attention"], num_dense_layers=1),
+    "gemma3n_text": dict(
+        num_hidden_layers=10, num_kv_shared_layers=5, vocab_size_per_layer_input=VOCAB, hidden_size_per_layer_input=8,
+        activation_sparsity_pattern=[0.0] * 10, laurel_rank=8,
+    ),
+    "gemma4_text": dict(
+        num_hidden_layers=12, num_kv_shared_layers=6, vocab_size_per_layer_input=VOCAB, hidden_size_per_layer_input=8
+    ),
+    "dbrx": dict(
+        attn_config=dict(kv_n_heads=2, rope_theta=100.0, clip_qkv=8.0),
+        ffn_config=dict(ffn_hidden_size=24, moe_num_experts=4, moe_top_k=2),
+    ),
+    "zamba2": dict(layer_types=["mamba", "hybrid", "mamba"]),
+}  # fmt: skip
 #: And those of multi-head latent attention.
 LATENT = dict(
-    kv_lora_rank=16, q_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, n_group=1, topk_group=1
-)
+    kv_lora_rank=16, q_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, n_group=1, topk_group=1,
+    num_key_value_heads=4, head_dim=8,
+)  # fmt: skip
+#: Parameters of the largest model that is made: what no key makes small is not tried.
+MOST_PARAMETERS = 20_000_000
+#: Bytes that a run may allocate.
+MEMORY = 4 << 30
 
 
 @dataclass(frozen=True)
@@ -96,10 +155,17 @@ def tiny_config(model_type: str, options: dict[str, Any] | None = None):
 
     kind = CONFIG_MAPPING[model_type]
     default = kind()
-    small = SMALL | (LATENT if hasattr(default, "kv_lora_rank") else {"head_dim": 16})
+    small = SMALL | (LATENT if _has(default, "kv_lora_rank") else {})
     settable = {key for key in small if not isinstance(getattr(kind, key, None), property)}
-    values = {key: small[key] for key in settable if hasattr(default, key)} | OWN.get(model_type, {})
-    return kind(**(values | (options or {})))
+    values = {key: small[key] for key in settable if _has(default, key)} | OWN.get(model_type, {}) | (options or {})
+    return kind(**{kind.attribute_map.get(key, key): value for key, value in values.items()})
+
+
+def _has(config: Any, key: str) -> bool:
+    try:
+        return hasattr(config, key)
+    except Exception:  # AmbiguousGlobalPerLayerAttributeError: it has one value for each layer, which it keeps
+        return False
 
 
 def random_model(config) -> torch.nn.Module:
@@ -153,10 +219,18 @@ def attempt(model_type: str) -> Outcome:
     """Builds, saves, captures and compares one model_type."""
     with tempfile.TemporaryDirectory() as folder:
         try:
+            config = tiny_config(model_type)
+            check_model_config(json.loads(config.to_json_string(use_diff=False)))
+        except ExportError as error:
+            return Outcome(model_type, None, f"{error.where}: {error.what}")
+        except Exception as error:  # no tiny config can be made: whatever a config class raises
+            return Outcome(model_type, None, f"{NO_CONFIG}: {_line(error)}")
+        try:
             with time_limit():
-                model = random_model(tiny_config(model_type))
+                _check_size(config)
+                model = random_model(config)
                 model.save_pretrained(folder)
-        except Exception as error:  # no tiny config can be made: whatever a config or model class raises
+        except Exception as error:  # as above
             return Outcome(model_type, None, f"{NO_CONFIG}: {_line(error)}")
         try:
             with torch.no_grad():
@@ -172,13 +246,23 @@ def attempt(model_type: str) -> Outcome:
             return Outcome(model_type, None, f"fault: {_line(error)}")
 
 
+def _check_size(config: Any) -> None:
+    """Raises ValueError for a model that is not small: some defaults are of full size where no key makes them small."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    if (count := sum(parameter.numel() for parameter in model.parameters())) > MOST_PARAMETERS:
+        raise ValueError(f"it has {count} parameters")
+
+
 def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
 @contextmanager
-def time_limit(seconds: int = 40) -> Iterator[None]:
-    """Raises TimeoutError in the main thread: some defaults are of full size where no key makes them small."""
+def time_limit(seconds: int = 240) -> Iterator[None]:
+    """Raises TimeoutError in the main thread."""
 
     def expire(signum: int, frame: object) -> None:
         raise TimeoutError(f"not done in {seconds} s")
@@ -226,12 +310,13 @@ def main() -> None:
     parser.add_argument("--only", metavar="A,B", help="model_types to try (default: all)")
     parser.add_argument("--write", action="store_true", help="write the table (exporters/families/MATRIX.md)")
     options = parser.parse_args()
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     outcomes = []
     for model_type in options.only.split(",") if options.only else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         outcomes.append(attempt(model_type))
-        print(outcomes[-1], flush=True)
+        print(outcomes[-1].model_type, _cell(outcomes[-1]), flush=True)
     if options.write:
         write_tables(outcomes)
 

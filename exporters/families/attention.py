@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from exporters import ops
 from exporters.errors import ExportError
+from exporters.families.eager_attention import OwnAttention, Rows
 from exporters.families.unsupported import SUPPORTED, UnsupportedModule
 
 #: Name under which transformers finds our attention and our masks.
@@ -84,8 +85,12 @@ class _Cache:
     """The library's cache as far as attention with a cache calls it; whatever else is asked for is refused by name."""
 
     is_compileable = False
+    #: Whether the model does without the library's attention interface.
+    own = False
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args, **kwargs) -> tuple:
+        if self.own:
+            return tuple(Rows(OwnAttention(layer_idx), rows, self.attend) for rows in (key, value))
         return key, value
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -108,11 +113,11 @@ class _Cache:
 class LayerReader(_Cache):
     """Notes what every attention layer caches; attention itself gives zeros."""
 
-    def __init__(self, paths: Mapping[int, str]):
-        self.paths, self.found = paths, {}
+    def __init__(self, paths: Mapping[int, str], own: bool):
+        self.paths, self.own, self.found = paths, own, {}
 
     def attend(self, module, query, key, value, mask, scale, softcap) -> Tensor:
-        where = self.paths.get(id(module), type(module).__name__)
+        where = self.paths.get(id(module), f"layer {module.layer_idx}")
         kind = type(module).__name__
         if module.layer_idx in self.found:
             raise UnsupportedModule(f"{kind} attends a second time in its layer", where=where, way_out=SUPPORTED)
@@ -136,9 +141,11 @@ class LayerReader(_Cache):
 class StateCache(_Cache):
     """Hands key and value through unchanged: attention itself reads the past and writes the present."""
 
-    def __init__(self, layers: tuple[Layer, ...], past: list[Tensor], last: Tensor, scales: Sequence[Tensor] = ()):
+    def __init__(
+        self, layers: tuple[Layer, ...], past: list[Tensor], last: Tensor, scales: Sequence[Tensor], own: bool
+    ):
         self.layers_read, self.past, self.present, self.last = layers, past, list(past), last
-        self.scales = scales
+        self.scales, self.own = scales, own
 
     def attend(self, module, query, key, value, mask, scale, softcap) -> Tensor:
         heads, kv_heads = query.shape[1], key.shape[1]
@@ -187,7 +194,7 @@ def read_layers(model: nn.Module, capacity: int, fake: FakeTensorMode) -> tuple[
     Raises:
         UnsupportedModule: a layer that keeps no key and value, or attention of a kind that no fused form has.
     """
-    reader = LayerReader({id(module): name for name, module in model.named_modules()})
+    reader = LayerReader({id(module): name for name, module in model.named_modules()}, own_attention(model))
     try:
         with fake, torch.no_grad():
             run(model, torch.zeros(1, 3, dtype=torch.int32), torch.arange(3, dtype=torch.int32)[None], reader)
@@ -211,6 +218,11 @@ def read_layers(model: nn.Module, capacity: int, fake: FakeTensorMode) -> tuple[
         Layer(shape[1], shape[3], mask.window(capacity, where))
         for where, shape, mask in (reader.found[index] for index in range(count))
     )
+
+
+def own_attention(model: nn.Module) -> bool:
+    """Whether ``model`` attends by code of its own, and not through the library's interface."""
+    return not model._supports_attention_backend
 
 
 def _culprit(error: BaseException, paths: Mapping[int, str]) -> str:
@@ -250,6 +262,8 @@ def _edge_attention(module, query, key, value, attention_mask, scaling=None, sof
             where=type(module).__name__,
             way_out=SUPPORTED,
         )
+    if isinstance(key, Rows):  # the class does not say so, but it does call the interface
+        key, value = key.rows, value.rows
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     return _CACHE.get().attend(module, query, key, value, attention_mask, scale, softcap or 0.0), None
 

@@ -7,7 +7,7 @@ whole leaf modules. Each swap is proven against the module it replaces, on rando
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from exporters import passes
 from exporters.families import modules
 from exporters.families.activation_hooks import round_inputs
-from exporters.families.attention import ATTENTION, Layer, StateCache, read_layers, run
+from exporters.families.attention import ATTENTION, Layer, StateCache, own_attention, read_layers, run
 from exporters.families.matrices import Matrices
 from exporters.families.swaps import Swap
 from exporters.families.unsupported import SUPPORTED, UnsupportedModule
@@ -50,7 +51,8 @@ class LanguageModel(nn.Module):
         self._causal, self._layers = modules.Shared(model), layers
 
     def forward(self, ids: Tensor, last: Tensor, *past: Tensor):
-        cache = StateCache(self._layers, list(past), last, [self.get_buffer(name) for name in self._steps])
+        scales = [self.get_buffer(name) for name in self._steps]
+        cache = StateCache(self._layers, list(past), last, scales, own_attention(self._causal()))
         positions = last - (ids.shape[1] - 1) + torch.arange(ids.shape[1], dtype=torch.int32, device=ids.device)
         logits = run(self._causal(), ids, positions[None], cache)
         return logits[:, -1], *cache.present
@@ -81,7 +83,8 @@ def capture_lm(student: Student, capacity: int, steps: CacheSteps | None = None)
     fake = FakeTensorMode()
     model = _fake_model(config, fake)
     matrices = Matrices(student, fake)
-    Swap(matrices, capacity).model(model)
+    swap = Swap(matrices, capacity)
+    swap.model(model)
     layers = read_layers(model, capacity, fake)
     states = tuple(
         StateSpec(
@@ -113,20 +116,29 @@ def capture_lm(student: Student, capacity: int, steps: CacheSteps | None = None)
         inherited=matrices.inherited,
     )
     _check_loaded(program)
+    _check_positions(program, swap.by_position)
     return passes.apply(program, passes.PROGRAM)
 
 
 def _fake_model(config: PreTrainedConfig, fake: FakeTensorMode) -> PreTrainedModel:
-    """transformers' own model of a config with our attention, on tensors that take no memory."""
+    """transformers' own model of a config with our attention, on tensors that take no memory.
+
+    Families with attention of their own know no name of ours when they are made; they take their masks by it.
+    """
     try:
-        with fake:
-            return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=ATTENTION).eval()
+        with fake, no_init_weights():  # some families look at what they initialise
+            try:
+                model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=ATTENTION)
+            except KeyError:
+                model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+                model.config._attn_implementation = ATTENTION
     except Exception as error:  # its skeleton was built before: what is new is the attention
         raise UnsupportedModule(
             f"its attention is not one of the library's interface: {type(error).__name__}: {error}",
             where=f"model_type {config.model_type}",
             way_out=SUPPORTED,
         ) from error
+    return model.eval()
 
 
 def _check_loaded(program: Program) -> None:
@@ -140,3 +152,28 @@ def _check_loaded(program: Program) -> None:
                 where=names[node.name],
                 way_out=SUPPORTED,
             )
+
+
+def _check_positions(program: Program, tables: Sequence[str]) -> None:
+    """Every table that is looked up by position is looked up by the positions that were given.
+
+    A family that takes none counts from what its cache holds; it would be right for the first step alone.
+    """
+    graph = program.exported.graph
+    signature = program.exported.graph_signature
+    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    positioned = {next(node for node in graph.nodes if node.op == "placeholder" and node.name == "last")}
+    for node in graph.nodes:
+        if any(given in positioned for given in node.all_input_nodes):
+            positioned.add(node)
+        if node.op != "placeholder":
+            for given in node.all_input_nodes:
+                name = names.get(given.name, "")
+                table = next((table for table in tables if name == table or name.startswith(f"{table}.")), None)
+                if table is not None and node not in positioned:
+                    raise UnsupportedModule(
+                        "is not looked up by the positions that the model is given, but by others that it counts "
+                        "itself",
+                        where=table,
+                        way_out=SUPPORTED,
+                    )

@@ -66,6 +66,15 @@ class Matrices:
             self.constants[f"{path}.bias"] = _concatenated(loads)
         return modules.FusedLinear(matrix, parameter, self.student.activations.get(sources[0]))
 
+    def transposed_linear(self, path: str) -> modules.FusedLinear:
+        """A linear layer whose weight is stored as [inputs, outputs] (Conv1D of the GPT-2 class), with a bias."""
+        stored, bias = self.float(f"{path}.weight"), self.float(f"{path}.bias")
+        weight = Constant(stored.dtype, stored.shape[::-1], lambda: np.ascontiguousarray(stored.load().T))
+        layer = self.linear_of(path, weight)
+        layer.bias = self.new(lambda: nn.Parameter(torch.empty(bias.shape), requires_grad=False))
+        self.constants[f"{path}.bias"] = bias
+        return layer
+
     def linear_of(self, path: str, weight: Constant) -> modules.FusedLinear:
         """A linear layer over a float matrix that is made of several tensors."""
         self.constants[f"{path}.matrix.weight"] = weight

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 
 import torch
@@ -157,6 +158,22 @@ class ScaledEmbedding(FusedEmbedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         return super().forward(ids) * self.scale
+
+
+def takes_positions(table: nn.Embedding) -> bool:
+    """Whether a table is called with a mask and positions (OPT's and BioGPT's classes) instead of with ids."""
+    return "position_ids" in inspect.signature(type(table).forward).parameters
+
+
+class PositionEmbedding(FusedEmbedding):
+    """Rows by position from ``offset`` on; called as the families do that can also derive positions from a mask."""
+
+    def __init__(self, matrix: nn.Module, offset: int):
+        super().__init__(matrix)
+        self.offset = offset
+
+    def forward(self, mask: Tensor, past: int = 0, position_ids: Tensor | None = None) -> Tensor:
+        return super().forward(position_ids + self.offset)
 
 
 class RopeTables(nn.Module):

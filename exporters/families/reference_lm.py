@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from exporters.families.activation_hooks import round_inputs
+from exporters.families.modules import takes_positions
 from exporters.families.streaming import empty_model, on_meta
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def streamed_reference(student: Student, dtype: torch.dtype = torch.float32) -> 
         if module is head and type(head) is nn.Linear:
             continue
         stored = [(part, f"{name}.{part}" if name else part) for part, _ in module.named_parameters(recurse=False)]
-        if isinstance(module, nn.Embedding):
+        if isinstance(module, nn.Embedding) and not takes_positions(module):
             module.padding_idx = None  # of a table with all its rows; it matters to gradients alone
             module.register_forward_pre_hook(_rows_needed(stored, opened))
         elif stored:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from exporters import ops
 from exporters.families import modules
@@ -20,6 +22,7 @@ from exporters.families.experts import dense_experts, is_experts
 from exporters.families.matrices import Matrices
 from exporters.families.probes import PROBE_TOLERANCE, error, random, same
 from exporters.families.rope import tabulate
+from exporters.families.streaming import empty_model
 from exporters.families.unsupported import SUPPORTED, UnsupportedModule
 from exporters.program import Constant
 
@@ -32,9 +35,13 @@ class Swap:
 
     def __init__(self, matrices: Matrices, capacity: int):
         self.matrices, self.capacity = matrices, capacity
+        #: Parts of the model whose rows are looked up by position: what `check_positions` is about.
+        self.by_position: list[str] = []
+        self._tokens: nn.Module | None = None
 
     def model(self, model: PreTrainedModel) -> None:
         self._tied_head(model)
+        self._tokens = model.get_input_embeddings()
         for name, parent in list(model.named_modules()):
             if _elementwise_between(parent, JOINED["gate_up_proj"], "down_proj"):
                 self.matrices.fold_order(f"{name}.down_proj", [f"{name}.{part}" for part in JOINED["gate_up_proj"]])
@@ -52,10 +59,14 @@ class Swap:
     def _fused(self, path: str, child: nn.Module, config: PreTrainedConfig) -> nn.Module | None:
         """What takes the place of ``child``, or None where it stays."""
         kind = type(child)
-        if kind is nn.Linear:
+        if kind is nn.Linear or (isinstance(child, nn.Linear) and _is_linear(child)):
             return self.matrices.linear(path, [path], child.bias is not None)
+        if kind is Conv1D:
+            return self.matrices.transposed_linear(path)
         if isinstance(child, nn.Embedding):
-            return self._embedding(path, child)
+            if child is self._tokens:
+                return self._embedding(path, child)
+            return self._position_embedding(path, child, config)
         if kind.__name__.endswith("RotaryEmbedding"):
             return self._rope(path, child, config)
         if is_experts(child):
@@ -98,14 +109,49 @@ class Swap:
         """A table whose rows are taken as they are, or times a constant (Gemma's square root of the width)."""
         if type(table) is nn.Embedding:
             return self.matrices.embedding(path)
-        scale = getattr(table, "scalar_embed_scale", None)
-        if scale is None:
+        scale = getattr(table, "scalar_embed_scale", getattr(table, "embed_scale", None))
+        if not isinstance(scale, int | float):
             raise UnsupportedModule(f"{type(table).__name__} is not understood", where=path, way_out=SUPPORTED)
-        values = {"weight": random(5, table.embedding_dim), "embed_scale": torch.tensor(scale)}
+        values = {"weight": random(5, table.embedding_dim)}
+        if "embed_scale" in dict(table.named_buffers()):
+            values["embed_scale"] = torch.tensor(scale)
         ids = torch.tensor([[4, 0, 2]])
         fused = F.embedding(ids, values["weight"]) * scale
         same(path, table, torch.func.functional_call(table, values, (ids,)), fused)
         return self.matrices.embedding(path, scale)
+
+    def _position_embedding(self, path: str, table: nn.Embedding, config: PreTrainedConfig) -> modules.FusedEmbedding:
+        """A table beside the tokens' own: a row for each position, in some families behind rows that are left over.
+
+        Raises:
+            UnsupportedModule: it computes something else, or has fewer rows than there are positions.
+        """
+        offset, called_with_positions = getattr(table, "offset", 0), modules.takes_positions(table)
+        if (type(table) is not nn.Embedding and not called_with_positions) or not isinstance(offset, int):
+            return self._embedding(path, table)
+        rows = table.num_embeddings - offset
+        if called_with_positions or rows == getattr(config, "max_position_embeddings", None):
+            _check_rows(path, rows, self.capacity)
+            self.by_position.append(path)
+        elif rows < self.capacity:
+            raise UnsupportedModule(
+                f"{type(table).__name__} of {rows} rows beside the tokens' is not understood",
+                where=path,
+                way_out=SUPPORTED,
+            )
+        if called_with_positions:
+            ids, weight = torch.tensor([[0, 1, 3]]), random(4 + offset, table.embedding_dim)
+            try:
+                given = torch.func.functional_call(
+                    table, {"weight": weight}, (torch.ones(1, 3),), {"position_ids": ids}
+                )
+            except Exception as error:  # it is called in another way
+                raise UnsupportedModule(
+                    f"{type(table).__name__} is not understood ({error})", where=path, way_out=SUPPORTED
+                ) from error
+            same(path, table, given, F.embedding(ids + offset, weight))
+            return modules.PositionEmbedding(self.matrices.embedding(path).matrix, offset)
+        return self.matrices.embedding(path)
 
     def _norm(self, path: str, norm: nn.Module) -> nn.Module | None:
         """``edge::rms_norm`` with the weight as it is, with 1 + it (Gemma) or without any, whichever it computes.
@@ -138,6 +184,7 @@ class Swap:
 
     def _rope(self, path: str, rotary: nn.Module, config: PreTrainedConfig) -> nn.Module:
         tables = tabulate(path, rotary, config, self.capacity)
+        self.by_position.append(path)
         halves = all(
             table.shape[1] % 2 == 0 and torch.equal(*table.chunk(2, 1)) for pair in tables.values() for table in pair
         )
@@ -156,10 +203,58 @@ class Swap:
                 continue
             if type(module) is not nn.LayerNorm and list(module.parameters(recurse=False)):
                 _position_wise(path, module, model.config)
-            for name, _ in _own_tensors(module):
-                # A buffer that is computed at construction has no value here; capture refuses it if the graph reads it.
-                if f"{path}.{name}" in self.matrices.student.tensors:
-                    self.matrices.constants[f"{path}.{name}"] = self.matrices.float(f"{path}.{name}")
+            for name, _ in module.named_parameters(recurse=False):
+                self._stored(f"{path}.{name}")
+            for name, buffer in module.named_buffers(recurse=False):
+                if not self._stored(f"{path}.{name}"):
+                    self._computed(f"{path}.{name}", buffer, model.config)
+
+    def _stored(self, name: str) -> bool:
+        if name in self.matrices.student.tensors:
+            self.matrices.constants[name] = self.matrices.float(name)
+        return name in self.matrices.student.tensors
+
+    def _computed(self, name: str, buffer: Tensor, config: PreTrainedConfig) -> None:
+        """A table of positions that is computed when the library makes the model, as GPT-J's sines.
+
+        Any other computed buffer has no value here; capture refuses it if the graph reads it.
+        """
+        if not buffer.dim() or buffer.shape[0] != getattr(config, "max_position_embeddings", None):
+            return
+        _check_rows(name, buffer.shape[0], self.capacity)
+        self.by_position.append(name)
+        dtype = str(buffer.dtype).removeprefix("torch.")
+        self.matrices.constants[name] = Constant(
+            dtype, tuple(buffer.shape), lambda: self._made.get_buffer(name).numpy()
+        )
+
+    @cached_property
+    def _made(self) -> PreTrainedModel:
+        """The library's own model, of which only buffers hold values."""
+        return empty_model(self.matrices.student)
+
+
+def _check_rows(path: str, rows: int, capacity: int) -> None:
+    """Refuses a table that has no row for the last positions of the context."""
+    if rows < capacity:
+        raise UnsupportedModule(
+            f"the table of positions has {rows} rows, and the context {capacity} positions",
+            where=path,
+            way_out=f"Build with --context {rows}.",
+        )
+
+
+def _is_linear(layer: nn.Linear) -> bool:
+    """Whether a subclass of Linear, as Falcon's, computes what Linear does: a small one of it is tried."""
+    plain = nn.Linear(5, 3, bias=layer.bias is not None)
+    if vars(layer).keys() != vars(plain).keys():  # it has more to go by than its weight and bias
+        return False
+    x, values = random(2, 4, 5), {name: random(*t.shape) for name, t in plain.named_parameters()}
+    try:
+        got = torch.func.functional_call(type(layer)(5, 3, bias=layer.bias is not None), values, (x,))
+    except (AttributeError, RuntimeError, TypeError):  # it is made or called with more
+        return False
+    return error(F.linear(x, values["weight"], values.get("bias")), got) <= PROBE_TOLERANCE
 
 
 def _position_wise(path: str, module: nn.Module, config: PreTrainedConfig) -> None:
@@ -203,7 +298,7 @@ def _elementwise_between(parent: nn.Module, before: tuple[str, ...], behind: str
     try:
         with torch.no_grad():
             return torch.equal(bare(x[..., order]), bare(x)[..., order])
-    except (AttributeError, RuntimeError, TypeError):  # it needs what only its own layers give
+    except (AssertionError, AttributeError, RuntimeError, TypeError):  # it needs its own layers, or has other weights
         return False
 
 

@@ -7,8 +7,8 @@ from exporters.families.language_models import FAMILIES
 
 #: The way out of every refusal of a module.
 SUPPORTED = (
-    f"Supported by name: {', '.join(FAMILIES)}; others by the same modules: Linear, norms, RoPE by position, causal "
-    "attention with or without a window, experts with a gate."
+    f"Supported by name: {', '.join(FAMILIES)}; others by the same modules: Linear, norms, RoPE or learned "
+    "rows by position, causal attention with or without a window, experts with a gate."
 )
 
 
