@@ -3,6 +3,7 @@
     python -m tools.family_matrix                  # prints one line per model_type
     python -m tools.family_matrix --only llama,phi3
     python -m tools.family_matrix --write          # README.md and exporters/families/MATRIX.md
+    python -m tools.family_matrix --only llama --write    # that row of both, the others as they are
 
 For each model_type a config is made from the library's own defaults with small dimensions, a random model is saved as
 a checkpoint, opened and captured as a build does it, and the captured Program is run in PyTorch (its fused ops by
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import re
 import resource
 import signal
 import tempfile
@@ -40,6 +42,7 @@ CHUNKS = (24, 8, 1, 1, 6)
 LIMIT = 1e-5
 NO_CONFIG = "no small config made here runs in the library itself"
 ROOT = Path(__file__).parent.parent
+_ROW = re.compile(r"^\| `([^`]+)` \| (exact|wrong|refused|not tried): (.*) \|$", re.MULTILINE)
 README, TABLE = ROOT / "README.md", ROOT / "exporters" / "families" / "MATRIX.md"
 HEADER = """# Every causal language model of transformers
 
@@ -65,6 +68,7 @@ SMALL: dict[str, Any] = dict(
     num_experts_per_tok=2,
     max_position_embeddings=64,
     initializer_range=0.3,
+    init_std=0.3,
     pad_token_id=0,
     bos_token_id=1,
     eos_token_id=2,
@@ -278,7 +282,7 @@ def time_limit(seconds: int = 240) -> Iterator[None]:
 
 def write_tables(outcomes: Sequence[Outcome]) -> None:
     """The families known by name into README.md, every model_type into exporters/families/MATRIX.md."""
-    found = {outcome.model_type: outcome for outcome in outcomes}
+    found = read_table() | {outcome.model_type: outcome for outcome in outcomes}
     rows = ["| model_type | what is special | Program against eager |", "| --- | --- | --- |"]
     rows += [f"| `{name}` | {special} | {_cell(found[name])} |" for name, special in FAMILIES.items()]
     exact = [name for name, outcome in found.items() if outcome.status == "exact"]
@@ -297,6 +301,15 @@ def write_tables(outcomes: Sequence[Outcome]) -> None:
     TABLE.write_text("\n".join(lines) + "\n", "utf-8")
 
 
+def read_table() -> dict[str, Outcome]:
+    """The outcomes that exporters/families/MATRIX.md holds."""
+    found = {}
+    for name, status, said in _ROW.findall(TABLE.read_text("utf-8")):
+        number = float(said) if status in ("exact", "wrong") else None
+        found[name] = Outcome(name, number, "" if number is not None else said.replace("\\|", "|"))
+    return found
+
+
 def _cell(outcome: Outcome) -> str:
     reason = outcome.reason.replace("|", "\\|")
     return f"{outcome.status}: {outcome.error:.1e}" if outcome.error is not None else f"{outcome.status}: {reason}"
@@ -308,7 +321,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", metavar="A,B", help="model_types to try (default: all)")
-    parser.add_argument("--write", action="store_true", help="write the table (exporters/families/MATRIX.md)")
+    parser.add_argument("--write", action="store_true", help="write both tables; with --only, those rows of them")
     options = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     warnings.simplefilter("ignore")

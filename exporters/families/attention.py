@@ -37,11 +37,23 @@ _CACHE: ContextVar[LayerReader | StateCache] = ContextVar("cache")
 _COMPARED = 512
 
 
+class UnknownState(UnsupportedModule, AttributeError):
+    """A model asks the cache for something that is no key or value, or the mask for what it is not; an AttributeError,
+    so that it may ask whether."""
+
+
 @dataclass(frozen=True)
 class Mask:
     """What stands for a mask while a model runs: the library's function of (batch, head, query, key) behind it."""
 
     function: Callable[..., Tensor]
+
+    def __getattr__(self, name: str) -> Any:
+        raise UnknownState(
+            f"asks the mask for {name!r}: it makes a mask of its own (ALiBi, or the like)",
+            where="attention_mask",
+            way_out=SUPPORTED,
+        )
 
     def window(self, capacity: int, where: str) -> int:
         """How many newest positions a query sees within ``capacity``, 0 for all.
@@ -75,10 +87,6 @@ class Layer:
     kv_heads: int
     width: int
     window: int
-
-
-class UnknownState(UnsupportedModule, AttributeError):
-    """A model asks the cache for something that is no key or value; an AttributeError, so that it may ask whether."""
 
 
 class _Cache:

@@ -35,6 +35,13 @@ if TYPE_CHECKING:
 CacheSteps = Mapping[str, np.ndarray]
 
 
+#: What may be done with a table before rows of it are taken: all of them stay.
+_WHOLE = frozenset((
+    *(getattr(torch.ops.aten, name).default for name in ("repeat", "expand", "view", "reshape", "unsqueeze", "clone")),
+    torch.ops.aten.to.dtype, torch.ops.aten.to.dtype_layout, torch.ops.aten.to.device,
+))  # fmt: skip
+
+
 class LanguageModel(nn.Module):
     """``forward(ids [1, S], last [1], *past) -> (logits [1, V] of the newest token, *present)``."""
 
@@ -162,18 +169,24 @@ def _check_positions(program: Program, tables: Sequence[str]) -> None:
     graph = program.exported.graph
     signature = program.exported.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    table_of: dict[torch.fx.Node, str] = {}
     positioned = {next(node for node in graph.nodes if node.op == "placeholder" and node.name == "last")}
     for node in graph.nodes:
+        if node.op == "placeholder":
+            name = names.get(node.name, "")
+            if table := next((table for table in tables if name == table or name.startswith(f"{table}.")), None):
+                table_of[node] = table
+            continue
         if any(given in positioned for given in node.all_input_nodes):
             positioned.add(node)
-        if node.op != "placeholder":
-            for given in node.all_input_nodes:
-                name = names.get(given.name, "")
-                table = next((table for table in tables if name == table or name.startswith(f"{table}.")), None)
-                if table is not None and node not in positioned:
-                    raise UnsupportedModule(
-                        "is not looked up by the positions that the model is given, but by others that it counts "
-                        "itself",
-                        where=table,
-                        way_out=SUPPORTED,
-                    )
+            continue
+        for given in node.all_input_nodes:
+            if given not in table_of:
+                continue
+            if node.target not in _WHOLE:
+                raise UnsupportedModule(
+                    "is not looked up by the positions that the model is given, but by others that it counts itself",
+                    where=table_of[given],
+                    way_out=SUPPORTED,
+                )
+            table_of[node] = table_of[given]

@@ -42,10 +42,11 @@ class _Stand:
     """What torch's functions and operators are called with in the place of a tensor."""
 
     module: OwnAttention
+    what = ""
 
     @classmethod
     def __torch_function__(cls, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        stand = next(arg for arg in args if isinstance(arg, _Stand))
+        stand = next(arg for arg in (*args, *(kwargs or {}).values()) if isinstance(arg, _Stand))
         return stand._step(function.__name__, args, kwargs or {})
 
     def _step(self, name: str, args: tuple, kwargs: dict) -> Any:
@@ -53,7 +54,7 @@ class _Stand:
 
     def _refusal(self, name: str) -> UnknownStep:
         return UnknownStep(
-            f"attention of its own does {name!r} with its {type(self).__name__.lower()}, which no fused form has",
+            f"attention of its own does {name!r} with its {self.what}, which no fused form has (ALiBi, or the like)",
             where=f"layer {self.module.layer_idx}",
             way_out=SUPPORTED,
         )
@@ -74,6 +75,7 @@ class Rows(_Stand):
     module: OwnAttention
     rows: Tensor
     attend: Attend
+    what = "keys or values"
 
     def __getattr__(self, name: str) -> Any:
         if name in _ASKED:
@@ -101,6 +103,7 @@ class Scores(_Stand):
     scale: float = 1.0
     mask: Any = None
     normalised: bool = False
+    what = "scores"
 
     def __mul__(self, factor: Any) -> Scores:
         # A mask that was added before is scaled with the rest: what it hides stays hidden.

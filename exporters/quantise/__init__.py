@@ -109,6 +109,12 @@ def quantise(
         raise CalibrationError(f"{needs}, and there is none", where=str(student.folder), way_out=WAY_OUT)
     width = Width(settings.bits, settings.columns)
     layers, others = _modules(student)
+    if not layers:
+        raise ExportError(
+            "its decoder layers have no linear layers to quantise: their weights are stored transposed (Conv1D)",
+            where=str(student.folder),
+            way_out="Leave --quantise out: the model is exported in float.",
+        )
     _check_groups(student, layers, width)
     folder.mkdir(parents=True, exist_ok=True)
     store = Store(folder, f"{settings.name} by the build")

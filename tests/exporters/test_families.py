@@ -45,6 +45,10 @@ SELDOM = {
     "phi",
     "mixtral",
     "qwen2_moe",
+    "gpt_bigcode-all-heads",
+    "biogpt",
+    "falcon-all-heads",
+    "gptj",
 }
 FORMS = [("onnx", "fused", "exact"), ("onnx", "standard", "exact"), ("openvino", "ir", "exact")]
 OTHERS = [("tvm", "compiled", "exact"), ("coreml", "mlprogram", "exact"), ("tensorrt", "typed", "exact")]
@@ -140,7 +144,9 @@ def test_both_spellings_of_rope_are_one_model(name: str, tmp_path: Path) -> None
     )
 
 
-@pytest.mark.parametrize("name", ["gemma2-small-caps", pytest.param("phi3-partial", marks=pytest.mark.long), "mixtral"])
+@pytest.mark.parametrize(
+    "name", ["gemma2-small-caps", pytest.param("phi3-partial", marks=pytest.mark.long), "mixtral", "gpt2"]
+)
 def test_greedy_tokens_are_those_of_generate(name: str, tmp_path: Path) -> None:
     """Token by token through our session, as long as the library's own two best logits are apart."""
     model = write(CASES[name], tmp_path / "checkpoint")

@@ -44,7 +44,18 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str, str, str]] = {
     "latent attention": ("deepseek_v3", {}, "model.layers.0.self_attn", "DeepseekV3Attention", "Supported"),
     "linear attention": ("qwen3_next", {}, "model.layers.0.linear_attn", "Qwen3NextGatedDeltaNet", "Supported"),
     "sinks": ("gpt_oss", {}, "model.layers.0.mlp.experts", "GptOssExperts", "Supported"),
-    "alibi": ("falcon", dict(alibi=True), "model_type falcon", "attention is not one of", "Supported"),
+    "alibi": ("falcon", dict(alibi=True), "attention_mask", "ALiBi", "Supported"),
+    "alibi in the scores": ("bloom", dict(hidden_size=64), "layer 0", "'baddbmm' with its keys", "Supported"),
+    "too few positions": (
+        "gpt2",
+        dict(max_position_embeddings=32),
+        "transformer.wpe",
+        "has 32 rows, and the context 48 positions",
+        "--context 32",
+    ),
+    "too few sines": ("codegen", dict(max_position_embeddings=32), "transformer.h.0.attn.embed", "32 rows", "32"),
+    "positions of its own": ("blenderbot-small", {}, "model.decoder.embed_positions", "it counts itself", "Supported"),
+    "own masks in windows": ("gpt_neo", {}, "layer 0", "'dtype' with its scores", "Supported"),
 }
 
 
@@ -64,6 +75,22 @@ def edited(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     config = json.loads((folder / "config.json").read_text())
     change(config)
     (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_the_familys_own_names_of_dimensions_are_read(tmp_path: Path) -> None:
+    write(CASES["gpt2"], tmp_path)
+    assert "hidden_size" not in json.loads((tmp_path / "config.json").read_text())
+    load_student(tmp_path)
+    edited(tmp_path, lambda config: config.update(n_embd=-4))
+    with pytest.raises(ConfigError, match="hidden_size is -4"):
+        load_student(tmp_path)
+
+
+def test_two_names_of_one_dimension_that_contradict_are_refused(tmp_path: Path) -> None:
+    write(CASES["gpt2"], tmp_path)
+    edited(tmp_path, lambda config: config.update(hidden_size=48))
+    with pytest.raises(ConfigError, match="hidden_size says 48, n_embd says 64"):
+        load_student(tmp_path)
 
 
 CONTRADICTIONS: dict[str, tuple[str, dict[str, Any], str]] = {
