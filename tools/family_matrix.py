@@ -46,7 +46,9 @@ _ROW = re.compile(r"^\| `([^`]+)` \| (exact|wrong|refused|not tried): (.*) \|$",
 README, TABLE = ROOT / "README.md", ROOT / "exporters" / "families" / "MATRIX.md"
 HEADER = """# Every causal language model of transformers
 
-Written by `python -m tools.family_matrix --write`, whole or some rows at a time (`--only A,B --write`): a random model of each model_type with small dimensions is saved, opened and captured as a build does it; the captured Program runs in PyTorch, in chunks, against the model's own eager
+Written by `python -m tools.family_matrix --write`, whole or some rows at a time (`--only A,B --write`): a random model
+of each model_type with small dimensions is saved, opened and captured as a build does it; the captured Program runs in
+PyTorch, in chunks, against the model's own eager
 forward. `exact`: the relative error, at most 1e-5. `not tried`: no small config was found that the library itself
 runs; a checkpoint of it goes the same way, and is exported or refused like the others."""
 
