@@ -9,8 +9,9 @@ the head is left out of its quantisation as well, and computes in float32 in bot
 head's product for the newest token alone is on, as ours does that; otherwise its defaults hold.
 
 Each export is a process of its own, whose CPU time and peak memory the system counts. Then each contender loads its
-model in a process of its own, and in every round has its turn while the others wait. Figures are medians over the
-rounds, ratios are taken within one run. Peak memory is a runtime's whole process, weights that are mapped included.
+model in a process of its own, and in every round has its turn while the others wait. Who goes first changes with
+every round, and a turn starts when the threads of the last one have stopped spinning. Figures are medians over the
+rounds, of two of which the ratio is taken. Peak memory is a runtime's whole process, mapped weights included.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ from tools.random_student import SHAPES, write_student
 
 GROUP, CAPACITY = 128, 1024
 PREFILLS, PROMPT, STEPS = (64, 512), 64, 32
+# Seconds between two turns: the waiting threads of both runtimes spin for some milliseconds.
+REST = 0.1
 VERSIONS = ("onnxruntime", "onnxruntime-genai", "torch", "transformers")
 MEASUREMENTS = Path(__file__).parent / "measurements" / "genai.json"
 
@@ -282,8 +285,9 @@ def race(ours: Path, peer: Path, pair: Pair, vocabulary: int, threads: int, roun
     tasks = [("decode", STEPS), *(("prefill", count) for count in PREFILLS)]
     for turn in range(rounds + 1):
         for what, count in tasks:
-            for kind, contender in racing.items():
-                rate = count / contender.ask(what, count)
+            for kind in sorted(racing, reverse=bool(turn % 2)):
+                time.sleep(REST)
+                rate = count / racing[kind].ask(what, count)
                 if turn:  # the first turn warms up
                     name = what if what == "decode" else f"{what} of {count}"
                     note(f"{name}, tokens/s", kind, rate)

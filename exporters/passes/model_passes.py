@@ -54,7 +54,6 @@ TENSORRT = (
 #: The same with our kernels as nodes, whose plugins take the place of the functions on the device.
 TENSORRT_FUSED = (
     *_ALL,
-    fuse_experts,  # experts executed densely -> the operator that multiplies with the chosen ones alone
     attach_head,  # the product that makes the logits -> the kernel that picks the largest of a range of rows
     pack_words,  # weights of our nodes -> int32 words; no input is left out
     spell_products,
