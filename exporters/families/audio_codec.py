@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import DacModel
 
 from exporters import ops
 from exporters.families.folding import assert_equal, folded_table
 from exporters.program import Program, capture
 from runtimes.bundle import TensorSpec
+
+if TYPE_CHECKING:  # a package without it does not pay for loading its library
+    from transformers import DacModel
 
 #: What the library adds to alpha before it divides by it.
 SNAKE_EPSILON = 1e-9

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from diffusers import VQModel
 from torch import Tensor, nn
 
 from exporters import ops
 from exporters.families.folding import assert_equal, folded_table
 from exporters.program import Program, capture
 from runtimes.bundle import TensorSpec
+
+if TYPE_CHECKING:  # a package without it does not pay for loading its library
+    from diffusers import VQModel
 
 #: How far the folded lookup may be from the module's own, relative to its largest value: float32 rounding.
 FOLD_TOLERANCE = 1e-5

@@ -24,7 +24,7 @@ from exporters.formats import matching, scheme
 from exporters.formats.compressed_activations import Rounded, Rounding, rounding
 from exporters.formats.compressed_floats import FloatScheme
 from exporters.formats.scheme import SCALES, Array, Layout, Read, Scheme, Shape, ceil, check_group
-from exporters.quantized import QuantizedTensor
+from exporters.quantized import FIELDS, QuantizedTensor
 
 if TYPE_CHECKING:
     from exporters.checkpoint import Checkpoint
@@ -101,9 +101,17 @@ class IntegerScheme(Rounded):
         return found | ({"weight_g_idx": (frozenset({"I32", "I64"}), ((shape[1],),))} if self.ordered else {})
 
     def _tensor(
-        self, read: Read, module: str, shape: Shape, codes: Array, zeros: Array | None, source: str
+        self,
+        read: Read,
+        module: str,
+        shape: Shape,
+        codes: Array,
+        zeros: Array | None,
+        source: str,
+        packed: bool = False,
     ) -> QuantizedTensor:
-        """Codes [N, K] and zero points in any of the grid's shapes, with the scales and the order that are stored."""
+        """Codes [N, K] (or ``packed``, of a matrix in natural order) and zero points in any of the grid's shapes, with
+        the scales and the order that are stored."""
         rows, columns = shape
         name = f"{module}.weight_scale"
         stored = read(name)
@@ -118,15 +126,13 @@ class IntegerScheme(Rounded):
             order = self._order(index, f"{module}.weight_g_idx")
         elif self.ordered and (index != -1).any():
             self._order(index, f"{module}.weight_g_idx")  # some are set, some are not: refused there
+        scales, points = spread(scheme.positive_scales(stored, name)), None if zeros is None else spread(zeros)
+        group, dtype = self.group or columns, scheme.dtype_name(stored)
+        if packed:
+            return QuantizedTensor(codes, scales, points, self.bits, group, shape, source, dtype)
+        ordered = codes if order is None else codes[:, order]
         return QuantizedTensor.from_codes(
-            codes if order is None else codes[:, order],
-            spread(scheme.positive_scales(stored, name)),
-            None if zeros is None else spread(zeros),
-            bits=self.bits,
-            source=source,
-            scale_dtype=scheme.dtype_name(stored),
-            group=self.group or columns,
-            order=order,
+            ordered, scales, points, bits=self.bits, source=source, scale_dtype=dtype, group=group, order=order
         )
 
 
@@ -169,12 +175,14 @@ class PackQuantized(IntegerScheme):
                 way_out="Take config.json and the weights from one checkpoint",
             )
         name = f"{module}.weight_packed"
-        codes = scheme.unpack_words(read(name).numpy(), self.bits, shape[1], name)
+        as_stored = FIELDS[self.bits] == self.bits and not self.ordered  # the words hold what is asked for
+        read_codes = scheme.packed_words if as_stored else scheme.unpack_words
+        codes = read_codes(read(name).numpy(), self.bits, shape[1], name)
         zeros = None
         if not self.symmetric:  # packed along N: transposed, a row of words is one group column's zero points
             name = f"{module}.weight_zero_point"
             zeros = scheme.unpack_words(read(name).numpy().T, self.bits, shape[0], name).T
-        return self._tensor(read, module, shape, codes, zeros, "pack-quantized")
+        return self._tensor(read, module, shape, codes, zeros, "pack-quantized", packed=as_stored)
 
 
 @dataclass(frozen=True)

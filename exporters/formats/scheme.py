@@ -124,6 +124,20 @@ def positive_scales(stored: torch.Tensor, where: str) -> Array:
     return scales
 
 
+def packed_words(words: Array, bits: int, count: int, where: str) -> Array:
+    """uint8 [R, ceil(count*bits/8)], the codes of QuantizedTensor, of int32 [R, W] with 2, 4 or 8 bits to an element.
+
+    Low bits first in both, so the bytes are the words' own, and stay mapped where the words are.
+
+    Raises QuantizationError where bits are set beyond the last element.
+    """
+    raw = np.ascontiguousarray(words.astype("<i4", copy=False)).view(np.uint8)
+    width, used = ceil(count * bits, 8), count * bits % 8
+    if raw[:, width:].any() or (used and (raw[:, width - 1] >> np.uint8(used)).any()):
+        _refuse_spare(count, where)
+    return np.ascontiguousarray(raw[:, :width])
+
+
 def unpack_words(words: Array, bits: int, count: int, where: str) -> Array:
     """uint8 [R, count] of int32 [R, W]: element i of a row is at bit i*bits of the row's words, low bits first.
 
@@ -139,10 +153,14 @@ def unpack_words(words: Array, bits: int, count: int, where: str) -> Array:
         used, spare = stream[:, : count * bits].reshape(raw.shape[0], count, bits), stream[:, count * bits :]
         codes = np.packbits(used, axis=2, bitorder="little")[..., 0]
     if spare.any():
-        raise QuantizationError(
-            f"bits beyond column {count} are set", where=where, way_out=f"The packed width is wrong. {AGAIN}"
-        )
+        _refuse_spare(count, where)
     return np.ascontiguousarray(codes)
+
+
+def _refuse_spare(count: int, where: str) -> NoReturn:
+    raise QuantizationError(
+        f"bits beyond column {count} are set", where=where, way_out=f"The packed width is wrong. {AGAIN}"
+    )
 
 
 def unsigned(signed: Array, bits: int, where: str) -> Array:
