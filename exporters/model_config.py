@@ -5,7 +5,6 @@ The model is built on the meta device, so nothing but shapes is ever allocated.
 
 from __future__ import annotations
 
-import copy
 import difflib
 import math
 import re
@@ -156,14 +155,23 @@ def library_config(config: Mapping[str, Any], where: str = "config.json") -> Pre
     """The transformers config object of a checked config, without quantisation (the weights are given, not made)."""
     from transformers import AutoConfig
 
-    # A copy in depth: the library writes what it derives into the objects it is given.
-    plain = {key: copy.deepcopy(value) for key, value in config.items() if key not in _NOT_FOR_US}
-    kind = plain.pop("model_type")
     try:
+        # A copy in depth: the library writes what it derives into the objects it is given.
+        plain = {key: _decoded(value) for key, value in config.items() if key not in _NOT_FOR_US}
+        kind = plain.pop("model_type")
         return AutoConfig.for_model(kind, attn_implementation="eager", **plain)
     except Exception as error:  # transformers raises many types here, all about the config's content
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(f"transformers refuses it: {reason}", where=where, way_out="Correct the field") from error
+
+
+def _decoded(value: Any) -> Any:
+    """A copy in depth, with the floats that JSON has no number for: transformers writes {"__float__": "Infinity"}."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _decoded(item) for key, item in value.items()}
+    return [_decoded(item) for item in value] if isinstance(value, list) else value
 
 
 def skeleton(config: Mapping[str, Any], where: str = "config.json", present: Collection[str] = frozenset()) -> Skeleton:
