@@ -120,6 +120,9 @@ def capture(
         constants = {
             name: Constant.of(t.detach().numpy()) for name, t in {**exported.state_dict, **exported.constants}.items()
         }
+    # Numbers that the code itself makes tensors of belong to no module, so nobody else has a value for them.
+    lifted = exported.graph_signature.inputs_to_lifted_tensor_constants.values()
+    constants = {name: Constant.of(exported.constants[name].detach().numpy()) for name in lifted} | dict(constants)
     caller = names[: len(names) - len(states)]
     inputs = tuple(
         TensorSpec(

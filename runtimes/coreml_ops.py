@@ -96,6 +96,11 @@ def gather(x: Array, indices: Array, axis: Any = 0, batch_dims: Any = 0, validat
     return np.take(x, indices, int(axis))
 
 
+def gather_along_axis(x: Array, indices: Array, axis: Any = 0, validate_indices: Any = False) -> Array:
+    """One element for each index, along an axis."""
+    return np.take_along_axis(x, np.asarray(indices).astype(np.int64), int(axis))
+
+
 def pad(x: Array, pad: Array, mode: str = "constant", constant_val: Any = 0.0) -> Array:
     """Pairs (before, after) for the last axes."""
     pairs = np.asarray(pad).reshape(-1, 2).tolist()
@@ -352,6 +357,7 @@ OPS: Mapping[str, Lowered] = {
     "expand_dims": expand_dims,
     "floor_div": _floor_div,
     "gather": gather,
+    "gather_along_axis": gather_along_axis,
     "gelu": gelu,
     "greater": lambda x, y: x > y,
     "greater_equal": lambda x, y: x >= y,

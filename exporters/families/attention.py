@@ -202,6 +202,12 @@ def read_layers(model: nn.Module, capacity: int, fake: FakeTensorMode) -> tuple[
     Raises:
         UnsupportedModule: a layer that keeps no key and value, or attention of a kind that no fused form has.
     """
+    if shared := getattr(model.config, "num_kv_shared_layers", 0):
+        raise UnsupportedModule(
+            f"the last {shared} layers attend to the keys and values of others, which no cache here shares",
+            where="config.json: num_kv_shared_layers",
+            way_out=SUPPORTED,
+        )
     reader = LayerReader({id(module): name for name, module in model.named_modules()}, own_attention(model))
     try:
         with fake, torch.no_grad():
@@ -214,7 +220,8 @@ def read_layers(model: nn.Module, capacity: int, fake: FakeTensorMode) -> tuple[
             where=_culprit(error, reader.paths) or type(model).__name__,
             way_out=SUPPORTED,
         ) from error
-    count = model.config.num_hidden_layers
+    # Of an encoder-decoder, the config's number is the encoder's.
+    count = max([model.config.num_hidden_layers, *(index + 1 for index in reader.found)])
     if missing := sorted(set(range(count)) - set(reader.found)):
         raise UnsupportedModule(
             f"layers {', '.join(map(str, missing))} of {count} do not attend through the library's attention interface "

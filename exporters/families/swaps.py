@@ -215,14 +215,15 @@ class Swap:
         return name in self.matrices.student.tensors
 
     def _computed(self, name: str, buffer: Tensor, config: PreTrainedConfig) -> None:
-        """A table of positions that is computed when the library makes the model, as GPT-J's sines.
+        """A number or a table of positions that is computed when the library makes the model, as GPT-J's sines.
 
         Any other computed buffer has no value here; capture refuses it if the graph reads it.
         """
-        if not buffer.dim() or buffer.shape[0] != getattr(config, "max_position_embeddings", None):
-            return
-        _check_rows(name, buffer.shape[0], self.capacity)
-        self.by_position.append(name)
+        if buffer.dim():
+            if buffer.shape[0] != getattr(config, "max_position_embeddings", None):
+                return
+            _check_rows(name, buffer.shape[0], self.capacity)
+            self.by_position.append(name)
         dtype = str(buffer.dtype).removeprefix("torch.")
         self.matrices.constants[name] = Constant(
             dtype, tuple(buffer.shape), lambda: self._made.get_buffer(name).numpy()

@@ -19,12 +19,14 @@ from exporters.passes.fuse_residual import fuse_residual
 from exporters.passes.fuse_swiglu import fuse_swiglu
 from exporters.passes.merge_equal import merge_equal
 from exporters.passes.pack_qkv import pack_qkv
+from exporters.passes.spell_indexing import spell_indexing
 from exporters.program import Program
 
 GraphPass = Callable[[torch.fx.Graph], None]
 
 #: What every language model goes through before any backend sees it.
 PROGRAM: Sequence[GraphPass] = (
+    spell_indexing,  # indexing by tensors -> slices and lookups
     drop_identities,  # aliases, whole slices, and joins with nothing
     merge_equal,  # one call of each joined projection, one gather of the RoPE angles
     fold_rope,  # rotation of query and key -> the attention op's own tables

@@ -21,6 +21,7 @@ from exporters.passes import (
     fuse_swiglu,
     merge_equal,
     pack_qkv,
+    spell_indexing,
 )
 from exporters.program import capture
 from runtimes.bundle import TensorSpec
@@ -85,6 +86,29 @@ def test_merge_equal_keeps_calls_on_other_weights() -> None:
         return nn.functional.linear(x, v) + nn.functional.linear(x, w)
 
     assert edited([merge_equal], two, random(1, 3, 5), v=random(8, 5), w=random(8, 5))[ATEN.linear.default] == 2
+
+
+# --- spell_indexing -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at", [-2, 0, 3])
+def test_spell_indexing_makes_a_slice_of_one_number(at: int) -> None:
+    found = edited([spell_indexing], lambda x: x[:, :, [at]], random(1, 3, 6, 4))
+    assert ATEN.slice.Tensor in found and ATEN.index.Tensor not in found
+
+
+def test_spell_indexing_looks_a_table_up() -> None:
+    found = edited([spell_indexing], lambda ids, table: table[ids], torch.tensor([[2, 0, 4]]), table=random(5, 3))
+    assert ATEN.embedding.default in found and ATEN.index.Tensor not in found
+
+
+def test_spell_indexing_keeps_several_numbers_and_masks() -> None:
+    def several(x, mask):
+        return x[:, :, [0, 2]].sum() + x[0, 0][mask].sum()
+
+    assert edited([spell_indexing], several, random(1, 3, 4), mask=torch.tensor([True, False, True, False]))[
+        ATEN.index.Tensor
+    ]
 
 
 # --- fold_rope ------------------------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str, str, str]] = {
         "Supported",
     ),
     "latent attention": ("deepseek_v3", {}, "model.layers.0.self_attn", "DeepseekV3Attention", "Supported"),
+    "shared keys and values": ("gemma4_text", {}, "config.json: num_kv_shared_layers", "6 layers attend", "Supported"),
     "linear attention": ("qwen3_next", {}, "model.layers.0.linear_attn", "Qwen3NextGatedDeltaNet", "Supported"),
     "sinks": ("gpt_oss", {}, "model.layers.0.mlp.experts", "GptOssExperts", "Supported"),
     "alibi": ("falcon", dict(alibi=True), "attention_mask", "ALiBi", "Supported"),
