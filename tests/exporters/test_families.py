@@ -67,13 +67,12 @@ def test_the_captured_program_computes_what_transformers_computes(name: str, tmp
         assert relative(run_program(program, ids, chunks), wanted) <= LIMIT
 
 
-#: Cases whose artifacts the other backends do not make: there is another case of the family.
+#: Cases whose artifacts are not made: there is another case of the family.
 ALIKE = {"llama-linear", "llama-yarn", "gpt2-scaled-by-layer", "gpt_bigcode-all-heads", "opt-projected", "gemma3",
          "falcon-groups", "falcon-all-heads", "qwen2", "phi3-longrope-short"}  # fmt: skip
 
 
 def _cases(backends: list[tuple[str, str, str]], usual: bool) -> list[Any]:
-    """Every case on the ``usual`` backends; on others those alone that are not alike."""
     return [
         pytest.param(
             name,
@@ -82,7 +81,7 @@ def _cases(backends: list[tuple[str, str, str]], usual: bool) -> list[Any]:
             id=f"{name}-{backend[0]}-{backend[1]}",
         )
         for name in CASES
-        if usual or name not in ALIKE
+        if name not in ALIKE
         for backend in backends
     ]
 
