@@ -90,6 +90,16 @@ class Program:
     constants: Mapping[str, Constant] = field(default_factory=dict)
     inherited: Mapping[str, Inherited] = field(default_factory=dict)
 
+    @property
+    def stored(self) -> dict[str, str]:
+        """Name of a placeholder of the graph that is no input -> name of what it holds, as in ``constants``."""
+        signature = self.exported.graph_signature
+        return {
+            **signature.inputs_to_parameters,
+            **signature.inputs_to_buffers,
+            **signature.inputs_to_lifted_tensor_constants,
+        }
+
 
 def capture(
     entry: str,

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from runtimes.errors import Fault
+from runtimes.output import DECODED
 
 Array = np.ndarray[Any, Any]
 
@@ -73,7 +74,7 @@ class Sampler:
             raise SamplingError(
                 "the logits hold NaN or infinity",
                 f"tokens {allowed.first}..{allowed.end - 1}",
-                "Look at the report's gates of this artifact, or choose the exact mode",
+                DECODED,
             )
         return token
 

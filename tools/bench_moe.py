@@ -68,8 +68,8 @@ class Layer(nn.Module):
     def __init__(self, shape: Shape, layout: BlockLayout) -> None:
         super().__init__()
         experts, hidden, width = shape.experts, shape.hidden, shape.width
-        inner = _linear(2 * width * experts, hidden, layout)
-        outer = [_linear(hidden, width, layout) for _ in range(experts)]
+        inner = random_linear(2 * width * experts, hidden, layout)
+        outer = [random_linear(hidden, width, layout) for _ in range(experts)]
         self.router = nn.Parameter(torch.randn(experts, hidden) / hidden**0.5, requires_grad=False)
         self.chosen = shape.chosen
         self.experts = DenseExperts([inner], list(outer), experts, ops.swiglu, paired=True)
@@ -79,7 +79,7 @@ class Layer(nn.Module):
         return self.experts(rows, choice, weights / weights.sum(-1, keepdim=True))
 
 
-def _linear(rows: int, columns: int, layout: BlockLayout) -> FusedLinear:
+def random_linear(rows: int, columns: int, layout: BlockLayout) -> FusedLinear:
     matrix = QuantizedWeight(rows, columns, layout)
     matrix.codes.random_(0, 256)
     matrix.scales.uniform_(0.5, 1.5).div_(2 ** (layout.bits - 2) * columns**0.5)

@@ -188,15 +188,11 @@ def random_model(config) -> torch.nn.Module:
 
 def run_program(program: Program, ids: np.ndarray, chunks: Sequence[int]) -> np.ndarray:
     """Logits [len(chunks), V] after each chunk of ids [1, T], by the Program's graph in PyTorch."""
-    signature = program.exported.graph_signature
-    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    names |= signature.inputs_to_lifted_tensor_constants
+    names = program.stored
     weights = {}
     for node in program.exported.graph.find_nodes(op="placeholder"):
         if node.name in names and (name := names[node.name]) in program.constants:
             weights[node.name] = torch.from_numpy(np.array(program.constants[name].load()))
-        elif node.name in names and names[node.name] in program.exported.constants:
-            weights[node.name] = program.exported.constants[names[node.name]]
     states = [torch.zeros(state.shape) for state in program.states]
     interpreter, rows, end = torch.fx.Interpreter(program.exported.graph_module), [], 0
     placeholders = [node.name for node in program.exported.graph.find_nodes(op="placeholder")]

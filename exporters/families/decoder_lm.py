@@ -150,8 +150,7 @@ def _fake_model(config: PreTrainedConfig, fake: FakeTensorMode) -> PreTrainedMod
 
 def _check_loaded(program: Program) -> None:
     """Every weight and buffer that the graph reads has a value."""
-    signature = program.exported.graph_signature
-    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    names = program.stored
     for node in program.exported.graph.find_nodes(op="placeholder"):
         if node.users and node.name in names and names[node.name] not in program.constants:
             raise UnsupportedModule(
@@ -166,9 +165,7 @@ def _check_positions(program: Program, tables: Sequence[str]) -> None:
 
     A family that takes none counts from what its cache holds; it would be right for the first step alone.
     """
-    graph = program.exported.graph
-    signature = program.exported.graph_signature
-    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    graph, names = program.exported.graph, program.stored
     table_of: dict[torch.fx.Node, str] = {}
     positioned = {next(node for node in graph.nodes if node.op == "placeholder" and node.name == "last")}
     for node in graph.nodes:

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from exporters.errors import QuantizationError
 from exporters.formats import scheme
-from exporters.formats.compressed_activations import Rounded, Rounding, spread_rows
-from exporters.formats.scheme import AGAIN, SCALES, Array, Layout, Read, Scheme, Shape, ceil
+from exporters.formats.compressed_activations import Rounding, spread_rows
+from exporters.formats.scheme import AGAIN, SCALES, Array, Layout, Read, Scheme, Shape
 from exporters.formats.torchao_activations import ROUNDINGS
 from exporters.formats.torchao_floats import FLOATS
-from exporters.formats.torchao_header import PREFIX, Described, check_block, described
+from exporters.formats.torchao_header import PREFIX, Blocked, Described, described
 from exporters.quantized import QuantizedTensor
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ REFUSED: Mapping[str, str] = {
 
 
 @dataclass(frozen=True)
-class TorchAo(Rounded):
+class TorchAo(Blocked):
     """One weight of integers.
 
     Attributes:
@@ -58,14 +58,6 @@ class TorchAo(Rounded):
     block: tuple[int, int]
     zero_points: bool
     rounding: Rounding | None = None
-
-    def check(self, module: str, shape: Shape) -> None:
-        """Refuse blocks that do not divide the weight."""
-        super().check(module, shape)
-        check_block(module, self.block, shape)
-
-    def _grid(self, shape: Shape) -> tuple[int, int]:
-        return ceil(shape[0], self.block[0]), ceil(shape[1], self.block[1])
 
     def layout(self, shape: Shape) -> Layout:
         """See Scheme."""

@@ -21,11 +21,11 @@ import numpy as np
 from exporters.encodings import ENCODINGS, values
 from exporters.errors import QuantizationError
 from exporters.formats import scheme
-from exporters.formats.compressed_activations import Rounded, Rounding, spread_rows
+from exporters.formats.compressed_activations import Rounding, spread_rows
 from exporters.formats.compressed_floats import E2M1, E4M3, powers_of_two
 from exporters.formats.scheme import AGAIN, SCALES, Array, Layout, Read, Scheme, Shape, ceil
 from exporters.formats.torchao_activations import ROUNDINGS
-from exporters.formats.torchao_header import PREFIX, Described, check_block
+from exporters.formats.torchao_header import PREFIX, Blocked, Described
 from exporters.quantized import QuantizedTensor
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ _SCALES = {"float": SCALES, "exponent": frozenset({"F8_E8M0"}), "float8": frozen
 
 
 @dataclass(frozen=True)
-class FloatTensor(Rounded):
+class FloatTensor(Blocked):
     """One weight of float codes.
 
     Attributes:
@@ -61,14 +61,6 @@ class FloatTensor(Rounded):
     @property
     def _bits(self) -> int:
         return ENCODINGS[self.encoding].bits
-
-    def check(self, module: str, shape: Shape) -> None:
-        """Refuse blocks that do not divide the weight."""
-        super().check(module, shape)
-        check_block(module, self.block, shape)
-
-    def _grid(self, shape: Shape) -> tuple[int, int]:
-        return ceil(shape[0], self.block[0]), ceil(shape[1], self.block[1])
 
     def layout(self, shape: Shape) -> Layout:
         """See Scheme."""

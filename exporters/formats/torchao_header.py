@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from exporters.errors import QuantizationError
-from exporters.formats.scheme import Shape
+from exporters.formats.compressed_activations import Rounded
+from exporters.formats.scheme import Shape, ceil
 from exporters.strict_json import parse_json
 
 PREFIX = "_weight_"
@@ -64,11 +65,20 @@ def described(text: str, dtype: str, where: str) -> Described:
     return Described(kind, data, frozenset(part for part in parts if isinstance(part, str)), dtype, where)
 
 
-def check_block(module: str, block: tuple[int, int], shape: Shape) -> None:
-    """Refuse blocks that do not divide the weight; torchao makes none."""
-    if shape[0] % block[0] or shape[1] % block[1]:
-        raise QuantizationError(
-            f"block_size {list(block)} does not divide {list(shape)}",
-            where=f"{module}.weight",
-            way_out="Take the header and the weights from one checkpoint",
-        )
+class Blocked(Rounded):
+    """A scheme whose weights have one scale for each block of rows and columns."""
+
+    block: tuple[int, int]
+
+    def check(self, module: str, shape: Shape) -> None:
+        """Refuse blocks that do not divide the weight; torchao makes none."""
+        super().check(module, shape)
+        if shape[0] % self.block[0] or shape[1] % self.block[1]:
+            raise QuantizationError(
+                f"block_size {list(self.block)} does not divide {list(shape)}",
+                where=f"{module}.weight",
+                way_out="Take the header and the weights from one checkpoint",
+            )
+
+    def _grid(self, shape: Shape) -> tuple[int, int]:
+        return ceil(shape[0], self.block[0]), ceil(shape[1], self.block[1])

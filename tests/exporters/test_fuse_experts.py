@@ -18,13 +18,14 @@ from exporters import ops
 from exporters.blocks import BlockLayout
 from exporters.external_data import WeightFile
 from exporters.families.experts import DenseExperts
-from exporters.families.modules import FusedLinear, QuantizedWeight
+from exporters.families.modules import QuantizedWeight
 from exporters.onnx_ import FORMS, Form, for_runtime, lower
 from exporters.onnx_weights import read_matrices
 from exporters.passes.fuse_experts import MATRICES, unread
 from exporters.program import Program, capture
 from runtimes.bundle import TensorSpec
 from tests.exporters.op_cases import Array, dequantised
+from tools.bench_moe import random_linear
 
 EXACT, FAST, STANDARD = (FORMS[key] for key in (("fused", "exact"), ("fused", "fast"), ("standard", "exact")))
 #: Of the largest value; float32 sums of some hundred terms.
@@ -104,8 +105,8 @@ class Layer(nn.Module):
     def __init__(self, case: Case) -> None:
         super().__init__()
         self.router = case.router
-        down = [linear(HIDDEN, case.width, case.outer or case.inner) for _ in range(EXPERTS)]
-        inner = linear(2 * case.width * EXPERTS, HIDDEN, case.inner)
+        down = [random_linear(HIDDEN, case.width, case.outer or case.inner) for _ in range(EXPERTS)]
+        inner = random_linear(2 * case.width * EXPERTS, HIDDEN, case.inner)
         self.experts = DenseExperts([inner], down, EXPERTS, case.gate, paired=True)
 
     def forward(self, rows: Tensor, logits: Tensor) -> Tensor:
@@ -127,15 +128,6 @@ class Layers(nn.Module):
 
     def forward(self, rows: Tensor, logits: Tensor) -> tuple[Tensor, ...]:
         return tuple(layer(rows, logits) for layer in self.each)
-
-
-def linear(rows: int, columns: int, layout: BlockLayout) -> FusedLinear:
-    matrix = QuantizedWeight(rows, columns, layout)
-    matrix.codes.random_(0, 256)
-    matrix.scales.uniform_(0.5, 1.5).div_(2 ** (layout.bits - 2) * columns**0.5)
-    if matrix.zeros is not None:
-        matrix.zeros.random_(0, 256)
-    return FusedLinear(matrix, None)
 
 
 @dataclass(frozen=True)
