@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from types import EllipsisType
 
@@ -15,9 +15,11 @@ import onnx_ir as ir
 ALIGNMENT = 64
 #: Smaller tensors stay inside the model file.
 THRESHOLD = 256
-#: Key of a lazy tensor's `meta`: the object that its bytes come from unchanged. Two tensors of one source are equal, so
-#: the second is not even loaded.
+#: Key of a lazy tensor's `meta`: what its bytes come from, and whatever else decides about them. Two tensors of equal
+#: sources are equal, so the second is not even loaded.
 SOURCE = "source"
+#: Key of a lazy tensor's `meta`: yields its values, at most the given number of rows at a time.
+STRIPS = "strips"
 #: Key of a lazy tensor's `meta`: in how many equal pieces along its first axis other models of the file may have it.
 PIECES = "pieces"
 
@@ -34,7 +36,7 @@ class WeightFile:
         self.path = path
         self._progress = progress or (lambda size: None)
         self._offsets: dict[tuple[str, int], int] = {}
-        self._sources: dict[int, tuple[object, int]] = {}  # by identity, with the object so that it stays alive
+        self._sources: dict[Hashable, int] = {}
 
     def __enter__(self) -> WeightFile:
         self._file = open(self.path, "xb")
@@ -64,9 +66,9 @@ class WeightFile:
         source = tensor.meta.get(SOURCE)
         if source is None:
             return self._write(_stored(tensor), tensor.meta.get(PIECES, 1))
-        if id(source) not in self._sources:
-            self._sources[id(source)] = source, self._write(_stored(tensor))
-        return self._sources[id(source)][1]
+        if source not in self._sources:
+            self._sources[source] = self._write(_stored(tensor))
+        return self._sources[source]
 
     def _write(self, data: bytes | memoryview, pieces: int = 1) -> int:
         key = _key(data)

@@ -7,7 +7,7 @@ memory and an exporter can stream weights from the checkpoint to the artifact on
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -27,11 +27,19 @@ class Constant:
         dtype: numpy dtype name.
         shape: dimensions.
         load: reads, decodes or computes the values; nothing is kept.
+        rows: the same for some of the rows, None where that is no cheaper than all of them.
     """
 
     dtype: str
     shape: tuple[int, ...]
     load: Callable[[], np.ndarray]
+    rows: Callable[[slice], np.ndarray] | None = None
+
+    def strips(self, height: int) -> Iterator[np.ndarray]:
+        """The values, at most ``height`` rows at a time."""
+        rows = self.load().__getitem__ if self.rows is None else self.rows
+        for start in range(0, self.shape[0], height):
+            yield rows(slice(start, start + height))
 
     @property
     def nbytes(self) -> int:

@@ -130,13 +130,19 @@ class Matrices:
     def _rows(self, source: str, name: str) -> Constant:
         """A float tensor of a layer whose first axis is the layer's outputs."""
         stored = self.float(f"{source}.{name}")
+        if source not in self._row_orders:
+            return stored
         return Constant(stored.dtype, stored.shape, lambda: self._in_row_order(source, stored.load()))
 
     def float(self, name: str) -> Constant:
         if name not in self.student.tensors:
             raise UnsupportedModule("the checkpoint has no value under this name", where=name, way_out=SUPPORTED)
         shape = tuple(self.student.tensors[name].shape)
-        return Constant("float32", shape, lambda: self.student.tensor(name).float().numpy())
+
+        def rows(which: slice = slice(None)) -> np.ndarray:
+            return self.student.tensor(name)[which].float().numpy()
+
+        return Constant("float32", shape, rows, rows)
 
     def joinable(self, sources: list[str]) -> bool:
         """Exact only where all parts are float, or share bits, block, act-order and the presence of zero points; and

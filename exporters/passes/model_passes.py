@@ -6,6 +6,7 @@ from exporters.passes.attach_head import attach_head
 from exporters.passes.attach_weights import attach_weights
 from exporters.passes.drop_unused import drop_unused
 from exporters.passes.fuse_experts import fuse_experts, fuse_experts_fast
+from exporters.passes.map_tables import map_tables
 from exporters.passes.mark_origins import mark_origins
 from exporters.passes.name_nodes import name_nodes
 from exporters.passes.pack_words import pack_words
@@ -18,6 +19,7 @@ from exporters.passes.spell_lookups import spell_lookups
 from exporters.passes.spell_products import spell_products
 from exporters.passes.spell_tables import spell_tables
 from exporters.passes.split_bytes import split_bytes
+from exporters.passes.transpose_tables import transpose_tables
 from exporters.passes.transpose_weights import transpose_weights
 from exporters.passes.type_codes import type_codes
 from exporters.tensorrt_functions import add_functions
@@ -36,11 +38,22 @@ FUSED = (
     fuse_experts,  # experts executed densely -> the operator that multiplies with the chosen ones alone
     spell_integers,  # rounded inputs of 8-bit matrices -> integer products
     transpose_weights,  # x @ W.T -> x @ W', with W' written transposed
-    spell_gemms,  # Gemm -> FusedMatMul, and a tied table read where it lies
+    transpose_tables,  # the head's table -> transposed, and its rows looked up as columns
+    spell_gemms,  # Gemm -> FusedMatMul
+    map_tables,  # float tables -> read where their file is mapped
     split_bytes,  # 8-bit matrices -> two 4-bit planes, for which there is a kernel
 )
 #: For ONNX Runtime, int8 activations in the quantised products.
-FUSED_FAST = (*_ALL, fuse_experts_fast, spell_integers, transpose_weights, spell_gemms, set_fast_accuracy)
+FUSED_FAST = (
+    *_ALL,
+    fuse_experts_fast,
+    spell_integers,
+    transpose_weights,
+    transpose_tables,
+    spell_gemms,
+    map_tables,
+    set_fast_accuracy,
+)
 #: For TensorRT's parser: explicit types, and functions in the place of what ONNX has no operator for.
 TENSORRT = (
     *_ALL,
@@ -64,4 +77,10 @@ TENSORRT_FUSED = (
     add_functions,
 )
 #: Standard operators only.
-STANDARD = (*_ALL, type_codes, drop_unused, transpose_weights)  # packed bytes -> UINT4/UINT8 of DequantizeLinear
+STANDARD = (
+    *_ALL,
+    type_codes,  # packed bytes -> UINT4/UINT8 of DequantizeLinear
+    drop_unused,
+    transpose_weights,
+    transpose_tables,
+)

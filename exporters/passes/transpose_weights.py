@@ -6,12 +6,18 @@ Result: MatMul(x, W')            with W' [K, N]
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import numpy as np
 import onnx_ir as ir
 
+from exporters.external_data import SOURCE, STRIPS
 from exporters.passes.context import Context
+
+# Rows that are turned at a time: what is read and what is written stays in a core's cache. [896, 151936] takes 0.3 s
+# in the place of 3.2 s.
+_HEIGHT = 256
 
 
 def transpose_weights(model: ir.Model, context: Context) -> None:
@@ -20,15 +26,36 @@ def transpose_weights(model: ir.Model, context: Context) -> None:
         if node.op_type != "Transpose" or not node.inputs[0].is_initializer() or len(node.inputs[0].uses()) > 1:
             continue
         weight, turned = node.inputs[0], node.outputs[0]
-        order = node.attributes["perm"].as_ints()
-        tensor = weight.const_value
-        weight.shape = ir.Shape([tensor.shape[axis] for axis in order])
-        weight.const_value = ir.LazyTensor(
-            partial(_transposed, tensor, tuple(order)), dtype=tensor.dtype, shape=weight.shape, name=weight.name
-        )
+        transpose(weight, node.attributes["perm"].as_ints())
         turned.replace_all_uses_with(weight)
         model.graph.remove(node, safe=True)
 
 
+def transpose(weight: ir.Value, order: Sequence[int]) -> None:
+    """Turns an initializer, which is loaded when it is written."""
+    tensor, order = weight.const_value, tuple(order)
+    weight.shape = ir.Shape([tensor.shape[axis] for axis in order])
+    weight.const_value = ir.LazyTensor(
+        partial(_transposed, tensor, order), dtype=tensor.dtype, shape=weight.shape, name=weight.name
+    )
+    if SOURCE in tensor.meta:
+        weight.const_value.meta[SOURCE] = tensor.meta[SOURCE], order
+
+
 def _transposed(tensor: ir.TensorProtocol, order: tuple[int, ...]) -> ir.Tensor:
-    return ir.Tensor(np.ascontiguousarray(tensor.numpy().transpose(order)), name=tensor.name)
+    if order != (1, 0):
+        return ir.Tensor(np.ascontiguousarray(tensor.numpy().transpose(order)), name=tensor.name)
+    turned = np.empty(tensor.shape[::-1], tensor.dtype.numpy())
+    start = 0
+    for strip in _strips(tensor):
+        turned[:, start : start + len(strip)] = strip.T
+        start += len(strip)
+    return ir.Tensor(turned, name=tensor.name)
+
+
+def _strips(tensor: ir.TensorProtocol) -> Iterator[np.ndarray]:
+    if STRIPS in tensor.meta:
+        yield from tensor.meta[STRIPS](_HEIGHT)
+    else:
+        values = tensor.numpy()
+        yield from (values[start : start + _HEIGHT] for start in range(0, len(values), _HEIGHT))

@@ -20,11 +20,13 @@ from exporters.onnx_weights import read_matrices
 from exporters.passes.attach_weights import attach_weights
 from exporters.passes.context import Context
 from exporters.passes.drop_unused import drop_unused
+from exporters.passes.map_tables import map_tables
 from exporters.passes.mark_origins import MODULE, NODE
 from exporters.passes.set_accuracy_level import set_fast_accuracy
 from exporters.passes.settle_reshapes import settle_reshapes
 from exporters.passes.spell_gemms import spell_gemms
 from exporters.passes.split_bytes import split_bytes
+from exporters.passes.transpose_tables import transpose_tables
 from exporters.passes.transpose_weights import transpose_weights
 from exporters.passes.type_codes import type_codes
 from exporters.program import Constant, Program, capture
@@ -79,12 +81,12 @@ def operators(model: ir.Model) -> list[str]:
     return [node.op_type for node in model.graph]
 
 
-def run(model: ir.Model, **feeds: np.ndarray) -> np.ndarray:
+def run(model: ir.Model, output: int = 0, **feeds: np.ndarray) -> np.ndarray:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     data = ir.to_proto(model).SerializeToString()
-    return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"]).run(None, feeds)[0]
+    return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"]).run(None, feeds)[output]
 
 
 # --- type_codes -----------------------------------------------------------------------------------------------------
@@ -180,41 +182,64 @@ def test_transpose_weights_leaves_what_is_computed(program: Program) -> None:
     assert operators(model) == ["Transpose", "Relu"]
 
 
-# --- spell_gemms ----------------------------------------------------------------------------------------------------
+# --- transpose_tables, spell_gemms, map_tables ----------------------------------------------------------------------
 
 
-def gemm(bias: bool, gathered: bool, **attributes: float) -> tuple[ir.Model, dict[str, np.ndarray]]:
+def gemm(rows: int, bias: bool, gathered: bool, **attributes: float) -> tuple[ir.Model, dict[str, np.ndarray]]:
     random = np.random.default_rng(1)
     weights = {"W": random.random((9, 6), np.float32)} | ({"b": random.random(9, np.float32)} if bias else {})
     nodes = [helper.make_node("Gemm", ["x", *weights], ["y"], transB=1, **attributes)]
-    outputs: dict[str, list[int | str]] = {"y": [2, 9]}
+    outputs: dict[str, list[int | str]] = {"y": [rows, 9]}
     if gathered:
         nodes.append(helper.make_node("Gather", ["W", "at"], ["z"]))
-        weights["at"] = np.array([4])
-        outputs["z"] = [1, 6]
-    return model_of(nodes, {"x": [2, 6]}, outputs, **weights), weights
+        weights["at"] = np.array([[4, 0, 8]])
+        outputs["z"] = [1, 3, 6]
+    return model_of(nodes, {"x": [rows, 6]}, outputs, **weights), weights
 
 
 @pytest.mark.parametrize("gathered", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_spell_gemms_multiplies_with_the_same_weights(bias: bool, gathered: bool, program: Program) -> None:
-    model, weights = gemm(bias, gathered)
-    x = np.random.default_rng(2).random((2, 6), np.float32)
-    before = run(model, x=x)
-    spell_gemms(model, Context(program))
-    assert operators(model)[: 1 + bias] == ["FusedMatMul", "Add"][: 1 + bias] and "Gemm" not in operators(model)
-    np.testing.assert_allclose(run(model, x=x), before, rtol=1e-6)
-    np.testing.assert_allclose(before, x @ weights["W"].T + weights.get("b", 0), rtol=1e-6)
-    # A table that is looked up too is an input with a default value, which the runtime does not copy.
-    assert [value.name for value in model.graph.inputs] == ["x", "W"][: 1 + gathered]
+@pytest.mark.parametrize("rows", [1, 2])
+def test_products_with_float_matrices_are_the_fastest_with_the_same_weights(
+    rows: int, bias: bool, gathered: bool, program: Program
+) -> None:
+    model, weights = gemm(rows, bias, gathered)
+    x = np.random.default_rng(2).random((rows, 6), np.float32)
+    expected = x @ weights["W"].T + weights.get("b", 0)
+    for edit in (transpose_tables, spell_gemms, map_tables):
+        edit(model, Context(program))
+        np.testing.assert_allclose(run(model, x=x), expected, rtol=1e-6)
+    product = {1: "MatMul", 2: "FusedMatMul"}[rows]
+    assert operators(model) == [product, *["Add"] * bias, *["Gather", "Transpose"][: gathered * (3 - rows)]]
+    stored = model.graph.initializers["W"].const_value.numpy()
+    np.testing.assert_array_equal(stored if rows == 2 else stored.T, weights["W"])
+    # As an input with a default value it is not copied by the runtime.
+    assert [value.name for value in model.graph.inputs] == ["x", "W"][: 1 + (gathered or rows == 1)]
     assert [value.name for value in model.graph.outputs] == ["y", "z"][: 1 + gathered]
 
 
+def test_rows_of_a_transposed_table_are_the_rows_of_the_table(program: Program) -> None:
+    model, weights = gemm(1, bias=False, gathered=True)
+    transpose_tables(model, Context(program))
+    found = run(model, output=1, x=np.zeros((1, 6), np.float32))
+    np.testing.assert_array_equal(found, weights["W"][weights["at"]])
+
+
 @pytest.mark.parametrize("attributes", [{"alpha": 2.0}, {"beta": 0.5}, {"transA": 1}])
-def test_spell_gemms_leaves_other_products(attributes: dict[str, float], program: Program) -> None:
-    model, _ = gemm(bias=True, gathered=False, **attributes)
-    spell_gemms(model, Context(program))
-    assert operators(model) == ["Gemm"]
+def test_other_products_are_left(attributes: dict[str, float], program: Program) -> None:
+    model, weights = gemm(1, bias=True, gathered=True, **attributes)
+    for edit in (transpose_tables, spell_gemms, map_tables):
+        edit(model, Context(program))
+    assert operators(model) == ["Gemm", "Gather"]
+    np.testing.assert_array_equal(model.graph.initializers["W"].const_value.numpy(), weights["W"])
+
+
+def test_a_table_with_another_reader_keeps_its_layout(program: Program) -> None:
+    model, weights = gemm(1, bias=False, gathered=True)
+    model.graph.append(ir.node("Relu", [model.graph.initializers["W"]]))
+    transpose_tables(model, Context(program))
+    assert operators(model)[:2] == ["Gemm", "Gather"]
+    np.testing.assert_array_equal(model.graph.initializers["W"].const_value.numpy(), weights["W"])
 
 
 # --- split_bytes ----------------------------------------------------------------------------------------------------

@@ -184,7 +184,7 @@ def test_a_float_student_has_plain_products(exported_lm: ExportLm) -> None:
         counts = operators(exported, form, "exact")
         assert counts["MatMul"] + counts["Gemm"] + counts["FusedMatMul"] == 4 * LAYERS + 1
         assert not {"MatMulNBits", "DequantizeLinear"} & set(counts)
-        assert form == "standard" or "Transpose" not in counts
+        assert form == "standard" or counts["Transpose"] == 1  # of the columns that are looked up as embeddings
         artifact = exported.artifacts[form, "exact"]
         assert artifact.precision == {"weights": "float32", "activations": "float32"}
 
