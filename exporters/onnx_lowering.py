@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterable, Mapping
 
 import onnx_ir as ir
 import torch
-from torch.export import ExportedProgram
 
+from exporters.decompose import decompose
 from exporters.passes.context import Context, ModelPass
 from exporters.program import Program, sources
+from exporters.uncollected import uncollected
 
 logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns about torchvision, which nothing here uses
 
@@ -41,9 +42,9 @@ def translate(
     program: Program, table: Mapping[object, Callable], opset: int, names: Mapping[str, str] | None = None
 ) -> tuple[ir.Model, Context]:
     """The first half of `to_onnx`, which tracing takes most of the time of: the model as its passes will get it."""
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad(), uncollected():
         warnings.simplefilter("ignore", FutureWarning)  # raised inside torch by its own use of pytree
-        decomposed = program.exported.run_decompositions(dict(table))
+        decomposed, first = decompose(program.exported, table)
         exported = torch.onnx.export(
             decomposed,
             dynamo=True,
@@ -54,16 +55,9 @@ def translate(
             output_names=[spec.name for spec in program.outputs] + [state.output for state in program.states],
         )
     model = exported.model
-    origins = _origins(decomposed, exported.exported_program)
+    # Decompositions of torch.onnx have been traced on top of ours.
+    second = sources(exported.exported_program)
+    origins = {name: first[source] for name, source in second.items() if source in first}
     if names is not None:
         origins = {name: names[source] for name, source in origins.items() if source in names}
     return model, Context(program, origins)
-
-
-def _origins(decomposed: ExportedProgram, final: ExportedProgram) -> dict[str, str]:
-    """Name of a node in the graph that became ONNX -> name of the Program's node that it came from.
-
-    Two tracings lie between them: our decompositions, and those of torch.onnx.
-    """
-    first, second = sources(decomposed), sources(final)
-    return {name: first.get(source, source) for name, source in second.items() if source in first}

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 
 from exporters.encodings import INTEGER
+from exporters.uncollected import uncollected
 from runtimes.bundle import StateSpec, TensorSpec
 
 
@@ -132,7 +133,7 @@ def capture(
     own = [p for p in inspect.signature(module.forward).parameters.values() if p.kind is not p.VAR_POSITIONAL]
     if len(own) < len(names):  # the rest arrives as *args, which torch.export describes by one nested tuple
         shapes = (*shapes[: len(own)], tuple(shapes[len(own) :]))
-    with torch.no_grad():
+    with torch.no_grad(), uncollected():
         exported = torch.export.export(module, examples, dynamic_shapes=shapes, strict=False)
     if constants is None:
         constants = {

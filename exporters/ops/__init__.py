@@ -1,6 +1,6 @@
 """The fused ops, one file each; importing this package registers them all in ``torch.ops.edge``."""
 
-from exporters.ops._registry import BUILD, NAMESPACE, REGISTRY, FusedOp
+from exporters.ops._registry import BUILD, NAMESPACE, REGISTRY, FusedOp, described, layout
 from exporters.ops.aten import aten_lowerings
 from exporters.ops.codebook_lookup import codebook_lookup
 from exporters.ops.decoder_epilogues import bias_snake, group_norm_silu
@@ -22,8 +22,10 @@ __all__ = [
     "aten_lowerings",
     "bias_snake",
     "codebook_lookup",
+    "described",
     "group_norm_silu",
     "kv_attention",
+    "layout",
     "projection",
     "quantize_activation",
     "quantized_embedding",

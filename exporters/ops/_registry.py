@@ -9,8 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_map
 
 NAMESPACE = "edge"
 #: Domain of the ONNX nodes that a pass spells out in standard operators.
@@ -72,8 +77,41 @@ def fused_op(
     def register(reference: Callable) -> FusedOp:
         name = reference.__name__
         library_op = torch.library.custom_op(f"{NAMESPACE}::{name}", reference, mutates_args=())
-        library_op.register_fake(reference)
+        library_op.register_fake(_once_for_each_shape(reference))
         REGISTRY[name] = FusedOp(name, reference, dict(lowerings), supports)
         return REGISTRY[name]
 
     return register
+
+
+def _once_for_each_shape(reference: Callable) -> Callable:
+    """The shape function that runs ``reference`` once in each tracing for arguments that differ in values alone.
+
+    The layers of a decoder are alike, and PyTorch remembers shapes of its own operators only.
+    """
+    found: WeakKeyDictionary[FakeTensorMode, dict[tuple, Any]] = WeakKeyDictionary()
+
+    def fake(*args, **kwargs):
+        given = (*args, *kwargs.values())
+        mode = next((each.fake_mode for each in given if isinstance(each, FakeTensor)), None)
+        if mode is None:
+            return reference(*args, **kwargs)
+        known, key = found.setdefault(mode, {}), (*map(described, given), *kwargs)
+        if key not in known:
+            known[key] = tree_map(layout, reference(*args, **kwargs))
+        return tree_map(lambda layout: layout(), known[key])
+
+    return fake
+
+
+def described(argument: Any) -> tuple:
+    """What the shape of an operator's result can depend on; a symbolic size is its expression."""
+    if not isinstance(argument, torch.Tensor):
+        return type(argument), str(argument)
+    sizes = (*argument.shape, "strides", *argument.stride())
+    return torch.Tensor, argument.dtype, argument.device, *map(str, sizes)
+
+
+def layout(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Makes an empty tensor like ``tensor``, which it does not keep."""
+    return partial(torch.empty_strided, tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)

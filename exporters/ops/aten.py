@@ -36,7 +36,12 @@ def _onnx_embedding(weight: Tensor, ids: Tensor, *options) -> Tensor:
 
 
 def _onnx_group_norm(
-    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, cudnn_enabled: bool = True
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
 ) -> Tensor:
     """InstanceNormalization over [B, groups, rest]: runtimes run GroupNormalization as a chain of fifteen ops."""
     ones, zeros = torch.ones(groups), torch.zeros(groups)
