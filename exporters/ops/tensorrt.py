@@ -138,7 +138,7 @@ def _attention_native(query, key, value, past_key, past_value, last, cos, sin, h
     return out.transpose(1, 2).reshape(batch, steps, -1), keys, values
 
 
-def _group_norm(x, groups, weight, bias, eps, cudnn_enabled=True):
+def _group_norm(x, groups, weight=None, bias=None, eps=1e-5, cudnn_enabled=True):
     """GroupNormalization-21, whose scale and bias are per channel."""
     channels = x.shape[1]
     weight = torch.ones(channels, dtype=x.dtype) if weight is None else weight
@@ -147,7 +147,7 @@ def _group_norm(x, groups, weight, bias, eps, cudnn_enabled=True):
     return _node("::GroupNormalization", [x, weight, bias], attributes, x.dtype, x.shape, version=21)
 
 
-def _instance_norm(x, groups, weight, bias, eps, cudnn_enabled=True):
+def _instance_norm(x, groups, weight=None, bias=None, eps=1e-5, cudnn_enabled=True):
     """The same by InstanceNormalization over [B, groups, rest], for parsers without GroupNormalization-21."""
     ones, zeros = torch.ones(groups, dtype=x.dtype), torch.zeros(groups, dtype=x.dtype)
     flat = x.reshape(x.shape[0], groups, -1)
