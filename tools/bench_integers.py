@@ -11,6 +11,7 @@ did not have; figures are medians over the rounds.
 What is expected: for one row every form reads the same bytes of weights, so what differs is the arithmetic. For many
 rows it is the arithmetic alone: the planes are twice the columns in float32, and x86 multiplies twice as many int16 in
 one instruction, so a quarter of the time at best; `fast` multiplies bytes, and rounds to them as it reads a block.
+
 --output keeps the figures: `python -m tools.readme_tables` makes a table of tools/measurements/integers.json.
 """
 
