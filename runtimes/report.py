@@ -79,7 +79,8 @@ class Latency:
 @dataclass(frozen=True)
 class Matrix:
     """One matrix that the build quantised, or several that one product joins: how it is stored ("int4 g32", "float"),
-    its size, and what it costs alone (mean KL divergence in nats; None where that was not measured)."""
+    its size, and what it costs alone at the width asked for (mean KL divergence in nats; None where that was not
+    measured)."""
 
     name: str
     stored: str

@@ -3,8 +3,9 @@
     python -m tools.readme_tables BUNDLE... [--check]
 
 Backends x profiles comes from the reports of the given bundles and the profiles themselves; speed, from
-tools/measurements/peers.json (see tools/bench_peers.py); sizes, from genai.json there (tools/bench_genai.py); quality,
-from the reference student's quality.json. Each table stands between two marks, `<!-- NAME -->` and `<!-- /NAME -->`.
+tools/measurements/peers.json (see tools/bench_peers.py); sizes, from genai.json there (tools/bench_genai.py); integer
+products, from integers.json (tools/bench_integers.py); quality, from the reference student's quality.json. Each table
+stands between two marks, `<!-- NAME -->` and `<!-- /NAME -->`.
 """
 
 from __future__ import annotations
@@ -139,6 +140,19 @@ def quantise_table(measured: Mapping[str, Any]) -> str:
     return f"{_markdown(lines)}\n\n{measured['student']}, {measured['date']}: `{measured['command']}`"
 
 
+def integers_table(measured: Mapping[str, Any]) -> str:
+    """Median times of products with rounded inputs, and the share that the first form takes of each other's time."""
+    first, *others = measured["rows"][0]["median_seconds"]
+    shares = [f"{first} / {name}" for name in others]
+    lines = [("matrix", "input's scale", "rows", first, *others, *shares)]
+    for row in measured["rows"]:
+        seconds = row["median_seconds"]
+        times = (f"{1e3 * value:.3f} ms" for value in seconds.values())
+        ratios = (f"{seconds[first] / seconds[name]:.2f}" for name in others)
+        lines.append((row["matrix"], row["scale"], str(row["rows"]), *times, *ratios))
+    return f"{_markdown(lines)}\n\n{measured['machine']}, {measured['date']}: `{measured['command']}`"
+
+
 def _markdown(lines: list[tuple[str, ...]]) -> str:
     rows = [lines[0], ("---",) * len(lines[0]), *lines[1:]]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
@@ -181,6 +195,8 @@ def recorded_tables() -> dict[str, str]:
         tables["backends"] = backends_table(json.loads((MEASUREMENTS / "backends.json").read_text()))
     if (MEASUREMENTS / "quantise.json").is_file():
         tables["quantise"] = quantise_table(json.loads((MEASUREMENTS / "quantise.json").read_text()))
+    if (MEASUREMENTS / "integers.json").is_file():
+        tables["integers"] = integers_table(json.loads((MEASUREMENTS / "integers.json").read_text()))
     if (MEASUREMENTS / "genai.json").is_file():
         tables["sizes"] = sizes_table(json.loads((MEASUREMENTS / "genai.json").read_text()))
     if (quality := DATA / "shared" / "quality.json").is_file():

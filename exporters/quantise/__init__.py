@@ -39,6 +39,10 @@ METHODS: Mapping[str, Callable[[Layer, Width], None] | None] = {
     "smoothquant": smoothquant.quantise_layer,
 }
 
+#: Matrices that are measured alone where no budget asks for it: each takes half a forward pass, and a model of many
+#: experts has thousands.
+MOST_ALONE = 512
+
 Progress = Callable[[str, int], None]
 
 
@@ -49,7 +53,7 @@ class AlreadyQuantised(ExportError):
 @dataclass(frozen=True)
 class Matrix:
     """One matrix, or several that one product joins: how it is stored ("int4 g32", "float"), its size in bytes, and
-    what it costs alone (mean KL divergence in nats; None where that was not measured)."""
+    what it costs alone at the width asked for (mean KL divergence in nats; None where that was not measured)."""
 
     name: str
     stored: str
@@ -136,10 +140,15 @@ def quantise(
     if calibration is not None:
         progress("measure the quantisation's loss", 0)
         loss = Loss(folded(student, store), calibration.measured(student.config["vocab_size"]))
+        if settings.mean_kl is not None or (work is not None and len(groups) <= MOST_ALONE):
+            parameters = {name: [f"{module}.weight" for module in modules] for name, modules in groups.items()}
+            alone = loss.of_each(
+                parameters, stored(student, store), lambda name: progress(f"measure the loss of {name}", 0)
+            )
         if settings.mean_kl is None:
             mean_kl = loss.of(stored(student, store))
         else:
-            alone, mean_kl = _within_budget(student, store, groups, loss, settings.mean_kl, progress)
+            mean_kl = _within_budget(student, store, groups, alone, loss, settings.mean_kl, progress)
     return Quantised(
         stored(student, store),
         settings,
@@ -210,13 +219,12 @@ def _within_budget(
     student: Student,
     store: Store,
     groups: Mapping[str, tuple[str, ...]],
+    alone: Mapping[str, float],
     loss: Loss,
     budget: float,
     progress: Progress,
-) -> tuple[dict[str, float], float]:
-    """(group -> its loss alone, loss of the whole within the budget)."""
-    parameters = {name: [f"{module}.weight" for module in modules] for name, modules in groups.items()}
-    alone = loss.of_each(parameters, stored(student, store), lambda name: progress(f"measure the loss of {name}", 0))
+) -> float:
+    """The loss of the whole, once enough of the groups are wider; ``alone``: what each costs."""
     plain = folded(student, store)
     steps = {}
     for name, modules in groups.items():
@@ -232,7 +240,7 @@ def _within_budget(
             else:
                 store.put(module, round_to_nearest(plain.tensor(f"{module}.weight"), step.width), step.width)
 
-    return alone, within_budget(steps, raise_, lambda: loss.of(stored(student, store)), budget)
+    return within_budget(steps, raise_, lambda: loss.of(stored(student, store)), budget)
 
 
 def _finer(plain: Student, store: Store, modules: tuple[str, ...]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from safetensors.numpy import load_file
 
 from device_profiles import load_profile
+from device_profiles.quantise import Quantise
 from exporters import golden
 from exporters.contents import FLOOR_FACTOR, tolerances
 from exporters.families import capture_student
@@ -67,3 +69,19 @@ def test_limits_are_a_multiple_of_the_floor_and_say_so() -> None:
     assert limits["image_decoder", "export-bf16", "snr"]["limit"] == pytest.approx(30.0)  # ten times the noise power
     assert limits["image_decoder", "export-bf16", "ssim"]["limit"] == pytest.approx(0.99)
     assert "noise floor: the bf16 reference is at 40 " in limits["image_decoder", "export-bf16", "snr"]["source"]
+
+
+def test_an_int8_cache_has_its_own_share_of_the_fast_modes_limits() -> None:
+    plain = load_profile("host")
+    cached = replace(plain, quantise=Quantise(kv_cache="int8", kv_cache_kl=0.004))
+    before, after = (
+        {(row["gate"], row["metric"]): row for row in tolerances(profile, ("lm",), 1e-7)} for profile in (plain, cached)
+    )
+    kl, same = ("export-fast", "mean_kl"), ("export-fast", "same_top")
+    assert before[kl]["limit"] == plain.fast_kl and before[same]["limit"] == plain.fast_same_top
+    assert after[kl]["limit"] == pytest.approx(plain.fast_kl + 0.004)
+    flips = 1 - plain.fast_same_top
+    assert 1 - after[same]["limit"] == pytest.approx(math.hypot(flips, flips))  # the cache's, as many as activations'
+    assert all("kv_cache_kl" in after[key]["source"] and "kv_cache" not in before[key]["source"] for key in (kl, same))
+    unchanged = before.keys() - {kl, same}
+    assert {key: before[key] for key in unchanged} == {key: after[key] for key in unchanged}

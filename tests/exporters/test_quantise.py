@@ -228,6 +228,20 @@ def test_a_method_replaces_every_matrix_and_loses_what_its_bits_allow(library, t
     assert 0 < lost.mean() < (1.0 if "int4" in recipe else 0.05)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "most", "measured"), [("int4-gptq", 512, True), ("int4-gptq", 3, False), ("int4", 512, False)]
+)
+def test_each_matrix_is_measured_alone_where_data_are_needed_and_matrices_few(
+    library, tmp_path, monkeypatch, recipe, most, measured
+):
+    monkeypatch.setattr("exporters.quantise.MOST_ALONE", most)
+    made = quantised(library("llama"), tmp_path, recipe)
+    assert {row.kl is not None for row in made.matrices} == {measured}
+    assert made.mean_kl > 0  # the whole is measured either way
+    if measured:
+        assert max(row.kl for row in made.matrices) < 2 * made.mean_kl < 2 * 2 * sum(row.kl for row in made.matrices)
+
+
 def test_what_was_quantised_reaches_an_artifact_bit_for_bit(library, tmp_path):
     """With folds in norms and rows, and two widths in one model."""
     student = library("llama")
