@@ -21,9 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from exporters.ops import described, layout
-
-#: What a copied node keeps of the one in whose place it is: where in the module tree it stands.
-_PLACE = ("nn_module_stack", "stack_trace")
+from exporters.passes.graph import place_of
 
 
 def decompose(exported: ExportedProgram, table: Mapping[object, Callable]) -> tuple[ExportedProgram, Mapping[str, str]]:
@@ -36,22 +34,19 @@ def decompose(exported: ExportedProgram, table: Mapping[object, Callable]) -> tu
     now: dict[Node, Any] = {}
     origins: dict[str, str] = {}
 
-    def moved(node: Node) -> Any:
-        return now[node]
-
     for node in exported.graph.nodes:
         if node.op == "call_function" and node.target in table:
             given, body = _body(node, table, bodies)
-            made = dict(zip(body.find_nodes(op="placeholder"), map(moved, given), strict=True))
+            made = dict(zip(body.find_nodes(op="placeholder"), map(now.__getitem__, given), strict=True))
             own = [each for each in body.nodes if each.op not in ("placeholder", "output")]
             now[node] = graph.graph_copy(body, made)
             for each in own:
-                made[each].meta.update({key: node.meta[key] for key in _PLACE if key in node.meta})
+                made[each].meta.update(place_of(node))
                 origins[made[each].name] = node.name
         elif node.target is operator.getitem and not isinstance(now[node.args[0]], Node):
             now[node] = now[node.args[0]][node.args[1]]
         else:
-            now[node] = graph.node_copy(node, moved)
+            now[node] = graph.node_copy(node, now.__getitem__)
             origins[now[node].name] = node.name
     results = {node.name: made.name for node, made in now.items() if isinstance(made, Node)}
     return _with_graph(exported, graph, results), origins

@@ -18,8 +18,8 @@ THRESHOLD = 256
 #: Key of a lazy tensor's `meta`: what its bytes come from, and whatever else decides about them. Two tensors of equal
 #: sources are equal, so the second is not even loaded.
 SOURCE = "source"
-#: Key of a lazy tensor's `meta`: yields its values, at most the given number of rows at a time.
-STRIPS = "strips"
+#: Key of a lazy tensor's `meta`: reads some of its rows alone, where that can be done.
+ROWS = "rows"
 #: Key of a lazy tensor's `meta`: in how many equal pieces along its first axis other models of the file may have it.
 PIECES = "pieces"
 

@@ -7,7 +7,7 @@ memory and an exporter can stream weights from the checkpoint to the artifact on
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -35,12 +35,6 @@ class Constant:
     shape: tuple[int, ...]
     load: Callable[[], np.ndarray]
     rows: Callable[[slice], np.ndarray] | None = None
-
-    def strips(self, height: int) -> Iterator[np.ndarray]:
-        """The values, at most ``height`` rows at a time."""
-        rows = self.load().__getitem__ if self.rows is None else self.rows
-        for start in range(0, self.shape[0], height):
-            yield rows(slice(start, start + height))
 
     @property
     def nbytes(self) -> int:

@@ -105,10 +105,11 @@ class OnnxRuntimeSession(CheckedSession):
             return self._stateless(feeds)
         ids = feeds["ids"]
         self.last_run_seconds = 0.0
+        end, length = self.position, ids.shape[1]
         # A tensor whose size is free is one of every position of the run, so that run is not divided.
-        chunks = 1 if self._free else -(-ids.shape[1] // _CHUNK)
-        end = self.position
-        for part in np.array_split(ids, chunks, axis=1):
+        if self._free or length <= _CHUNK:
+            return self._append(ids, end + length)
+        for part in np.array_split(ids, -(-length // _CHUNK), axis=1):
             end += part.shape[1]
             outputs = self._append(np.ascontiguousarray(part), end)
         return outputs

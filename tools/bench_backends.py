@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,10 @@ from rich.console import Console
 from rich.table import Table
 
 from runtimes.bundle import Artifact, Bundle, load_bundle
-from runtimes.cli import exit_code, positive
+from runtimes.cli import exit_code
 from runtimes.golden import load_feeds, load_lm
-from runtimes.host import cpu_model, usable_cores
 from runtimes.session import BackendUnavailable, CheckedSession, open_session
+from tools.benches import origin, output_option, parser
 
 PREFILL, STEPS, CALLS = 64, 64, 5
 BASE = "onnx/fused/exact"
@@ -120,9 +119,7 @@ def run(options: argparse.Namespace) -> int:
         command = f"python -m tools.bench_backends BUNDLE --threads {options.threads} --rounds {options.rounds}"
         kept: dict[str, Any] = {
             "student": f"{bundle.student.name} {bundle.student.version}",
-            "machine": f"{cpu_model()}, {usable_cores()} cores",
-            "date": datetime.now(UTC).date().isoformat(),
-            "command": command,
+            **origin(command),
             "base": BASE,
             "median_seconds": medians,
         }
@@ -132,16 +129,10 @@ def run(options: argparse.Namespace) -> int:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line; see --help."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.bench_backends",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder that exporters.build made for this machine")
-    parser.add_argument("--threads", type=positive, default=1, metavar="N", help="threads of each session (default: 1)")
-    parser.add_argument("--rounds", type=positive, default=20, metavar="N", help="turns of each (default: 20)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="keep the figures, as JSON")
-    return parser.parse_args(arguments)
+    made = parser("bench_backends", __doc__, threads=1)
+    made.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder that exporters.build made for this machine")
+    output_option(made)
+    return made.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -24,7 +24,6 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,6 @@ from torch import nn
 from exporters import ops
 from exporters.activations import Activation
 from exporters.blocks import PARTS, BlockLayout
-from exporters.external_data import WeightFile
 from exporters.families.modules import FusedLinear, QuantizedWeight
 from exporters.onnx_ import FORMS, Form, lower
 from exporters.onnx_lowering import to_onnx
@@ -47,9 +45,9 @@ from exporters.passes.spell_integers import INTEGER_PRODUCTS, spell_integers
 from exporters.program import Program, capture
 from exporters.quantise.grids import Width, round_to_nearest
 from runtimes.bundle import TensorSpec
-from runtimes.cli import exit_code, positive
-from runtimes.host import cpu_model, usable_cores
+from runtimes.cli import exit_code
 from tools.bench_peers import warm
+from tools.benches import origin, output_option, parser, written_session
 from tools.readme_tables import integers_table
 
 INTEGERS = "integers"
@@ -99,17 +97,11 @@ def without(program: Program, recipe: Form) -> ir.Model:
 
 def contenders(program: Program, folder: Path, threads: int) -> dict[str, onnxruntime.InferenceSession]:
     """The form with integer products, which `exact` and `fast` share, and both modes without them."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, 3
     models = {INTEGERS: lower(program, FORMS["fused", "exact"])}
     models |= {f"{mode} without": without(program, FORMS["fused", mode]) for mode in ("exact", "fast")}
     made = {}
     for name, model in models.items():
-        path = folder / f"{name.replace(' ', '_')}.onnx"
-        with WeightFile(path.with_suffix(".data")) as weights:
-            weights.adopt(model)
-        ir.save(model, path)
-        made[name] = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        made[name] = written_session(model, folder / f"{name.replace(' ', '_')}.onnx", threads)
         operators = {node.op_type for node in model.graph}
         assert (name == INTEGERS) == ("MatMulNBits" not in operators) == bool(INTEGER_PRODUCTS.keys() & operators)
     return made
@@ -150,9 +142,7 @@ def run(options: argparse.Namespace) -> int:
                     found.append({**what, "median_seconds": medians, "difference": apart})
                 del made
     kept = {
-        "command": f"python -m tools.bench_integers --threads {options.threads} --rounds {options.rounds}",
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{cpu_model()}, {usable_cores()} cores",
+        **origin(f"python -m tools.bench_integers --threads {options.threads} --rounds {options.rounds}"),
         "versions": {"onnxruntime": onnxruntime.__version__},
         "rows": found,
     }
@@ -164,13 +154,9 @@ def run(options: argparse.Namespace) -> int:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line; see --help."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.bench_integers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--threads", type=positive, default=1, metavar="N", help="threads of each session (default: 1)")
-    parser.add_argument("--rounds", type=positive, default=20, metavar="N", help="turns of each (default: 20)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="keep the figures, as JSON")
-    return parser.parse_args(arguments)
+    made = parser("bench_integers", __doc__, threads=1)
+    output_option(made)
+    return made.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -23,7 +23,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 import onnxruntime
 import torch
 from rich.console import Console
@@ -32,15 +31,15 @@ from torch import Tensor, nn
 
 from exporters import ops
 from exporters.blocks import BlockLayout
-from exporters.external_data import WeightFile
 from exporters.families.experts import DenseExperts
 from exporters.families.modules import FusedLinear, QuantizedWeight
 from exporters.onnx_ import FORMS, SINCE, lower
 from exporters.passes.fuse_experts import EXPERTS, unread
 from exporters.program import Program, capture
 from runtimes.bundle import TensorSpec
-from runtimes.cli import exit_code, positive
+from runtimes.cli import exit_code
 from runtimes.host import cpu_model, usable_cores
+from tools.benches import parser, written_session
 
 ROWS = (1, 64)
 
@@ -110,15 +109,10 @@ def contenders(program: Program, mode: str, folder: Path, threads: int) -> dict[
     """The fused form and the dense one, "fused" and "dense"."""
     recipe = FORMS["fused", mode]
     plain = replace(recipe, passes=tuple(edit for edit in recipe.passes if edit not in SINCE))
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, 3
     made, translated = {}, {}
     for name, each in (("fused", recipe), ("dense", plain)):
         model = lower(program, each, translated)
-        with WeightFile(folder / f"{name}.data") as weights:
-            weights.adopt(model)
-        ir.save(model, folder / f"{name}.onnx")
-        session = onnxruntime.InferenceSession(folder / f"{name}.onnx", options, providers=["CPUExecutionProvider"])
+        session = written_session(model, folder / f"{name}.onnx", threads)
         stored = sum(value.const_value.nbytes for value in model.graph.initializers.values())
         made[name] = Contender(session, stored - unread(model))
         assert (name == "fused") == any(node.op_type == EXPERTS for node in model.graph)
@@ -163,13 +157,9 @@ def run(options: argparse.Namespace) -> int:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line; see --help."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.bench_moe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--threads", type=positive, default=2, metavar="N", help="threads of each session (default: 2)")
-    parser.add_argument("--rounds", type=positive, default=20, metavar="N", help="turns of each (default: 20)")
-    parser.add_argument("--mode", choices=("exact", "fast"), default="exact", help="(default: exact)")
-    return parser.parse_args(arguments)
+    made = parser("bench_moe", __doc__, threads=2)
+    made.add_argument("--mode", choices=("exact", "fast"), default="exact", help="(default: exact)")
+    return made.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,6 +7,7 @@ so the five can never drift apart.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -99,7 +100,7 @@ def _once_for_each_shape(reference: Callable) -> Callable:
         known, key = found.setdefault(mode, {}), (*map(described, given), *kwargs)
         if key not in known:
             known[key] = tree_map(layout, reference(*args, **kwargs))
-        return tree_map(lambda layout: layout(), known[key])
+        return tree_map(operator.call, known[key])
 
     return fake
 

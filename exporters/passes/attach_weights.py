@@ -10,7 +10,7 @@ from functools import partial
 
 import onnx_ir as ir
 
-from exporters.external_data import SOURCE, STRIPS
+from exporters.external_data import ROWS, SOURCE
 from exporters.passes.context import Context
 from exporters.program import Constant
 
@@ -23,7 +23,9 @@ def attach_weights(model: ir.Model, context: Context) -> None:
             value.const_value = ir.LazyTensor(
                 partial(_load, constant, name), dtype=value.dtype, shape=value.shape, name=name
             )
-            value.const_value.meta.update({SOURCE: constant, STRIPS: constant.strips})
+            value.const_value.meta[SOURCE] = constant
+            if constant.rows is not None:
+                value.const_value.meta[ROWS] = constant.rows
 
 
 def _load(constant: Constant, name: str) -> ir.Tensor:

@@ -52,13 +52,15 @@ def replace(node: Node, by: Node) -> None:
     node.graph.erase_node(node)
 
 
+def place_of(node: Node) -> dict[str, object]:
+    """Where in the module tree a node stands, which whatever replaces it carries on: its `meta` in part."""
+    return {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
+
+
 def insert(before: Node, target, args: tuple, value) -> Node:
     """A new call before ``before`` with the fake ``value`` it returns."""
     with before.graph.inserting_before(before):
         new = before.graph.call_function(target, args)
     new.meta["val"] = value
-    # Stable ids: what replaces a node carries on its place in the module tree.
-    for key in ("nn_module_stack", "stack_trace"):
-        if key in before.meta:
-            new.meta[key] = before.meta[key]
+    new.meta.update(place_of(before))
     return new

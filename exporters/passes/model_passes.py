@@ -32,28 +32,23 @@ _ALL = (
     spell_tables,  # products with codes of a table -> the form that the runtime has for the encoding
 )
 
+_FLOAT_PRODUCTS = (
+    transpose_weights,  # x @ W.T -> x @ W', with W' written transposed
+    transpose_tables,  # the head's table -> transposed, and its rows looked up as columns
+    spell_gemms,  # Gemm -> FusedMatMul
+    map_tables,  # float tables -> read where their file is mapped
+)
+
 #: For ONNX Runtime, float32 activations.
 FUSED = (
     *_ALL,
     fuse_experts,  # experts executed densely -> the operator that multiplies with the chosen ones alone
     spell_integers,  # rounded inputs of 8-bit matrices -> integer products
-    transpose_weights,  # x @ W.T -> x @ W', with W' written transposed
-    transpose_tables,  # the head's table -> transposed, and its rows looked up as columns
-    spell_gemms,  # Gemm -> FusedMatMul
-    map_tables,  # float tables -> read where their file is mapped
+    *_FLOAT_PRODUCTS,
     split_bytes,  # 8-bit matrices -> two 4-bit planes, for which there is a kernel
 )
 #: For ONNX Runtime, int8 activations in the quantised products.
-FUSED_FAST = (
-    *_ALL,
-    fuse_experts_fast,
-    spell_integers,
-    transpose_weights,
-    transpose_tables,
-    spell_gemms,
-    map_tables,
-    set_fast_accuracy,
-)
+FUSED_FAST = (*_ALL, fuse_experts_fast, spell_integers, *_FLOAT_PRODUCTS, set_fast_accuracy)
 #: For TensorRT's parser: explicit types, and functions in the place of what ONNX has no operator for.
 TENSORRT = (
     *_ALL,

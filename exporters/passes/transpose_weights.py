@@ -6,13 +6,13 @@ Result: MatMul(x, W')            with W' [K, N]
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
 import onnx_ir as ir
 
-from exporters.external_data import SOURCE, STRIPS
+from exporters.external_data import ROWS, SOURCE
 from exporters.passes.context import Context
 
 # Rows that are turned at a time: what is read and what is written stays in a core's cache. [896, 151936] takes 0.3 s
@@ -46,16 +46,8 @@ def _transposed(tensor: ir.TensorProtocol, order: tuple[int, ...]) -> ir.Tensor:
     if order != (1, 0):
         return ir.Tensor(np.ascontiguousarray(tensor.numpy().transpose(order)), name=tensor.name)
     turned = np.empty(tensor.shape[::-1], tensor.dtype.numpy())
-    start = 0
-    for strip in _strips(tensor):
-        turned[:, start : start + len(strip)] = strip.T
-        start += len(strip)
+    rows = tensor.meta[ROWS] if ROWS in tensor.meta else tensor.numpy().__getitem__
+    for start in range(0, tensor.shape[0], _HEIGHT):
+        strip = slice(start, start + _HEIGHT)
+        turned[:, strip] = rows(strip).T
     return ir.Tensor(turned, name=tensor.name)
-
-
-def _strips(tensor: ir.TensorProtocol) -> Iterator[np.ndarray]:
-    if STRIPS in tensor.meta:
-        yield from tensor.meta[STRIPS](_HEIGHT)
-    else:
-        values = tensor.numpy()
-        yield from (values[start : start + _HEIGHT] for start in range(0, len(values), _HEIGHT))
