@@ -1,4 +1,4 @@
-"""One external-data file for several ONNX models: weights are streamed in once and shared by content."""
+"""External-data files of ONNX models: weights are streamed in once and shared by content."""
 
 from __future__ import annotations
 
@@ -23,37 +23,49 @@ ROWS = "rows"
 #: Key of a lazy tensor's `meta`: in how many equal pieces along its first axis other models of the file may have it.
 PIECES = "pieces"
 
+_Key = tuple[str, int]  # SHA-256 and size of a tensor's bytes
+_Place = tuple[str, int]  # name of the file, and where in it they begin
+
 
 class WeightFile:
     """Writes each distinct tensor once; a context manager. Peak memory is one tensor.
 
+    A file that nothing is written to is not left behind.
+
     Args:
         path: a file that does not exist yet.
         progress: called with the size in bytes of every tensor written.
+        earlier: a file of the same folder; tensors that stand in it are not written again.
     """
 
-    def __init__(self, path: Path, progress: Callable[[int], None] | None = None):
+    def __init__(
+        self, path: Path, progress: Callable[[int], None] | None = None, earlier: WeightFile | None = None
+    ) -> None:
         self.path = path
         self._progress = progress or (lambda size: None)
-        self._offsets: dict[tuple[str, int], int] = {}
-        self._sources: dict[Hashable, int] = {}
+        self._places: dict[_Key, _Place] = {} if earlier is None else dict(earlier._places)
+        self._sources: dict[Hashable, _Place] = {} if earlier is None else dict(earlier._sources)
 
     def __enter__(self) -> WeightFile:
         self._file = open(self.path, "xb")
         return self
 
     def __exit__(self, *exception) -> None:
+        empty = self._file.tell() == 0
         self._file.close()
+        if empty:
+            self.path.unlink()
 
     def adopt(self, model: ir.Model) -> None:
-        """Moves the initializers of ``model`` into this file, leaving references to it."""
+        """Moves the initializers of ``model`` into this file, leaving references to it and to earlier ones."""
         for value in model.graph.initializers.values():
             tensor = value.const_value
             if tensor is None or tensor.nbytes < THRESHOLD:
                 continue
+            file, offset = self._place(tensor)
             value.const_value = ir.ExternalTensor(
-                self.path.name,
-                self._offset(tensor),
+                file,
+                offset,
                 tensor.nbytes,
                 tensor.dtype,
                 shape=tensor.shape,
@@ -62,7 +74,7 @@ class WeightFile:
             )
         self._file.flush()
 
-    def _offset(self, tensor: ir.TensorProtocol) -> int:
+    def _place(self, tensor: ir.TensorProtocol) -> _Place:
         source = tensor.meta.get(SOURCE)
         if source is None:
             return self._write(_stored(tensor), tensor.meta.get(PIECES, 1))
@@ -70,21 +82,22 @@ class WeightFile:
             self._sources[source] = self._write(_stored(tensor))
         return self._sources[source]
 
-    def _write(self, data: bytes | memoryview, pieces: int = 1) -> int:
+    def _write(self, data: bytes | memoryview, pieces: int = 1) -> _Place:
         key = _key(data)
-        if key not in self._offsets:
+        if key not in self._places:
             self._file.write(bytes(-self._file.tell() % ALIGNMENT))
-            start = self._offsets[key] = self._file.tell()
+            start = self._file.tell()
+            self._places[key] = self.path.name, start
             self._file.write(data)
             self._progress(len(data))
             size = len(data) // pieces
             if pieces > 1 and size % ALIGNMENT == 0:
                 for offset in range(0, len(data), size):
-                    self._offsets.setdefault(_key(data[offset : offset + size]), start + offset)
-        return self._offsets[key]
+                    self._places.setdefault(_key(data[offset : offset + size]), (self.path.name, start + offset))
+        return self._places[key]
 
 
-def _key(data: bytes | memoryview) -> tuple[str, int]:
+def _key(data: bytes | memoryview) -> _Key:
     return hashlib.sha256(data).hexdigest(), len(data)
 
 

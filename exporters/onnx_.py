@@ -85,19 +85,24 @@ class OnnxExporter:
         return reasons
 
     def export(self, job: Job) -> tuple[Artifact, ...]:
-        """Writes onnx/<entry>.<form>.<mode>.onnx for each kind, and one weight file for all of them."""
+        """Writes onnx/<entry>.<form>.<mode>.onnx for each kind, and weight files.
+
+        The first kind's weights are in <entry>.data. What another kind alone needs, such as codes in another order,
+        is in a file of its own, so that whoever ships one artifact ships what it reads.
+        """
         program, out = job.program, job.out
         folder = out / self.name
         folder.mkdir(parents=True, exist_ok=True)
-        written, translated = [], {}
-        with WeightFile(folder / f"{program.entry}.data", job.progress) as weights:
-            for form, mode in job.kinds:
-                recipe = for_runtime(FORMS[form, mode], job.profile.onnxruntime_version)
-                model = lower(program, recipe, translated)
+        written, translated, weights = [], {}, None
+        for form, mode in job.kinds:
+            recipe = for_runtime(FORMS[form, mode], job.profile.onnxruntime_version)
+            model = lower(program, recipe, translated)
+            path = folder / f"{program.entry}.{form}.{mode}.onnx"
+            data = folder / f"{program.entry}.data" if weights is None else path.with_suffix(".data")
+            with WeightFile(data, job.progress, weights) as weights:
                 weights.adopt(model)
-                path = folder / f"{program.entry}.{form}.{mode}.onnx"
-                ir.save(model, path)
-                written.append(_artifact(program, form, mode, model, path, weights.path, out))
+            ir.save(model, path)
+            written.append(_artifact(program, form, mode, model, path, out))
         return tuple(written)
 
     def finish(self, profile: Profile, artifacts: Sequence[Artifact], out: Path) -> None:
@@ -139,8 +144,10 @@ def lower(program: Program, recipe: Form, translated: dict[tuple[str, int], Any]
     return model
 
 
-def _artifact(program: Program, form: str, mode: str, model: ir.Model, path: Path, data: Path, out: Path) -> Artifact:
-    relative = [p.relative_to(out).as_posix() for p in (path, data)]
+def _artifact(program: Program, form: str, mode: str, model: ir.Model, path: Path, out: Path) -> Artifact:
+    held = (value.const_value for value in model.graph.initializers.values())
+    data = sorted({tensor.location for tensor in held if isinstance(tensor, ir.ExternalTensor)})
+    relative = [p.relative_to(out).as_posix() for p in (path, *map(path.with_name, data))]
     operators = Counter(node.op_type for node in model.graph)
     precision = _precision(program, mode, operators)
     made = new_artifact(program, OnnxExporter.name, (form, mode), relative, precision, operators)

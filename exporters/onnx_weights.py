@@ -156,10 +156,10 @@ def _from_integers(node: ir.Node) -> StoredMatrix:
 
 
 def _from_dequantize(node: ir.Node) -> StoredMatrix:
-    codes, scales, zeros = node.inputs
-    bits = codes.dtype.bitwidth
-    unpacked, points = (initializer_values(value).astype(np.uint8) for value in (codes, zeros))
-    return StoredMatrix(unpacked, initializer_values(scales), points, bits, node.attributes["block_size"].as_int())
+    bits, block = node.inputs[0].dtype.bitwidth, node.attributes["block_size"].as_int()
+    values = (initializer_values(value) for value in node.inputs)
+    codes, scales, zeros = values if node.attributes["axis"].as_int() == 1 else (value.T for value in values)
+    return StoredMatrix(codes.astype(np.uint8), scales, zeros.astype(np.uint8), bits, block)
 
 
 def _from_planes(node: ir.Node) -> StoredMatrix:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
@@ -100,23 +101,35 @@ def check_backends(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def forecast(
-    profile: Profile, programs: Iterable[Program], golden_bytes: int, copies: Mapping[str, int] | None = None
+    profile: Profile,
+    programs: Iterable[Program],
+    golden_bytes: int,
+    forms: Mapping[str, Collection[tuple[str, str]]] = MappingProxyType({}),
 ) -> Forecast:
     """Sizes from the weights' shapes and the state's, without reading a weight.
 
     Args:
-        copies: component -> how many backends write its weights, each in files of its own (1 where it is not named).
+        forms: component -> (backend, form) of every artifact, one where it is not named. Each backend writes the
+            weights in files of its own, and the codes once more for each further form, which has them in another order.
     """
     weights = states = files = 0
     per_token = None
     for program in programs:
         own = sum(constant.nbytes for constant in program.constants.values())
-        weights, files = weights + own, files + own * (copies or {}).get(program.entry, 1)
+        kinds = set(forms.get(program.entry, [("", "")]))
+        backends = {backend for backend, _ in kinds}
+        weights += own
+        files += own * len(backends) + _code_bytes(program) * (len(kinds) - len(backends))
         states += sum(state_bytes(program))
         if (read := bytes_per_token(program)) is not None:
             per_token = read + sum(state_bytes(program)) // 2  # a cache that is half full
     rate = profile.bandwidth_bytes_per_s / per_token if profile.bandwidth_bytes_per_s and per_token else None
     return Forecast(files + golden_bytes, RUNTIME_BYTES + 2 * weights + states, per_token, rate)
+
+
+def _code_bytes(program: Program) -> int:
+    parts = (f"{name}.{part}" for name in program.inherited for part in ("codes", "scales", "zeros"))
+    return sum(program.constants[name].nbytes for name in parts if name in program.constants)
 
 
 def state_bytes(program: Program) -> Iterable[int]:

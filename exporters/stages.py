@@ -101,8 +101,8 @@ def plan(
         programs[program.entry] = program
     entries = {name: plan_entries(profile, program, backends) for name, program in programs.items()}
     logits = golden.SAMPLES * golden.STEPS * student.config["vocab_size"] * 4 * (1 if twin is None else 2)
-    copies = {name: len({e.backend for e in found if not e.left_out}) for name, found in entries.items()}
-    prediction = forecast(profile, programs.values(), min(logits, 2 * golden.LARGEST_LOGITS), copies)
+    forms = {name: {(e.backend, e.form) for e in found if not e.left_out} for name, found in entries.items()}
+    prediction = forecast(profile, programs.values(), min(logits, 2 * golden.LARGEST_LOGITS), forms)
     check_fit(profile, prediction)
     return Planned(student, twin, profile, programs, entries, capacity, prediction, quantised)
 

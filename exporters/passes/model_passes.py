@@ -21,6 +21,7 @@ from exporters.passes.spell_tables import spell_tables
 from exporters.passes.split_bytes import split_bytes
 from exporters.passes.transpose_tables import transpose_tables
 from exporters.passes.transpose_weights import transpose_weights
+from exporters.passes.turn_codes import turn_codes
 from exporters.passes.type_codes import type_codes
 from exporters.tensorrt_functions import add_functions
 
@@ -75,6 +76,7 @@ TENSORRT_FUSED = (
 STANDARD = (
     *_ALL,
     type_codes,  # packed bytes -> UINT4/UINT8 of DequantizeLinear
+    turn_codes,  # codes that are read transposed -> written so
     drop_unused,
     transpose_weights,
     transpose_tables,

@@ -33,21 +33,26 @@ def transpose_weights(model: ir.Model, context: Context) -> None:
 
 def transpose(weight: ir.Value, order: Sequence[int]) -> None:
     """Turns an initializer, which is loaded when it is written."""
-    tensor, order = weight.const_value, tuple(order)
-    weight.shape = ir.Shape([tensor.shape[axis] for axis in order])
-    weight.const_value = ir.LazyTensor(
-        partial(_transposed, tensor, order), dtype=tensor.dtype, shape=weight.shape, name=weight.name
-    )
+    weight.const_value = transposed(weight.const_value, order, weight.name)
+    weight.shape = weight.const_value.shape
+
+
+def transposed(tensor: ir.TensorProtocol, order: Sequence[int], name: str) -> ir.LazyTensor:
+    """``tensor`` with its axes in ``order``, loaded when it is written."""
+    order = tuple(order)
+    shape = ir.Shape([tensor.shape[axis] for axis in order])
+    turned = ir.LazyTensor(partial(_transposed, tensor, order, name), dtype=tensor.dtype, shape=shape, name=name)
     if SOURCE in tensor.meta:
-        weight.const_value.meta[SOURCE] = tensor.meta[SOURCE], order
+        turned.meta[SOURCE] = tensor.meta[SOURCE], order
+    return turned
 
 
-def _transposed(tensor: ir.TensorProtocol, order: tuple[int, ...]) -> ir.Tensor:
+def _transposed(tensor: ir.TensorProtocol, order: tuple[int, ...], name: str) -> ir.Tensor:
     if order != (1, 0):
-        return ir.Tensor(np.ascontiguousarray(tensor.numpy().transpose(order)), name=tensor.name)
+        return ir.Tensor(np.ascontiguousarray(tensor.numpy().transpose(order)), dtype=tensor.dtype, name=name)
     turned = np.empty(tensor.shape[::-1], tensor.dtype.numpy())
     rows = tensor.meta[ROWS] if ROWS in tensor.meta else tensor.numpy().__getitem__
     for start in range(0, tensor.shape[0], _HEIGHT):
         strip = slice(start, start + _HEIGHT)
         turned[:, strip] = rows(strip).T
-    return ir.Tensor(turned, name=tensor.name)
+    return ir.Tensor(turned, dtype=tensor.dtype, name=name)

@@ -70,6 +70,28 @@ def test_a_source_is_loaded_once(tmp_path: Path) -> None:
     assert offsets == {0}
 
 
+def test_what_stands_in_an_earlier_file_is_read_from_there(tmp_path: Path) -> None:
+    first = model_of(a=ir.Tensor(VALUES["float"], name="a"))
+    second = model_of(b=ir.Tensor(VALUES["float"], name="b"), c=ir.Tensor(-VALUES["float"], name="c"))
+    with WeightFile(tmp_path / "one") as one:
+        one.adopt(first)
+    with WeightFile(tmp_path / "two", earlier=one) as two:
+        two.adopt(second)
+    b, c = (second.graph.initializers[name].const_value for name in "bc")
+    assert (b.location, c.location) == ("one", "two")
+    np.testing.assert_array_equal(b.numpy(), VALUES["float"])
+    np.testing.assert_array_equal(c.numpy(), -VALUES["float"])
+
+
+def test_a_file_of_nothing_is_not_left_behind(tmp_path: Path) -> None:
+    model = model_of(a=ir.Tensor(VALUES["float"], name="a"))
+    with WeightFile(tmp_path / "one") as one:
+        one.adopt(model)
+    with WeightFile(tmp_path / "two", earlier=one) as two:
+        two.adopt(model_of(b=ir.Tensor(VALUES["float"], name="b")))
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]
+
+
 def test_a_file_that_is_there_is_not_written_over(tmp_path: Path) -> None:
     (tmp_path / "weights").touch()
     with pytest.raises(FileExistsError), WeightFile(tmp_path / "weights"):

@@ -8,140 +8,25 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime
 import pytest
-import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper
 
-from exporters import ops
-from exporters.blocks import pack_bits, unpack_bits
 from exporters.onnx_ import FORMS, lower
-from exporters.onnx_weights import read_matrices
 from exporters.passes.attach_weights import attach_weights
 from exporters.passes.context import Context
-from exporters.passes.drop_unused import drop_unused
 from exporters.passes.map_tables import map_tables
 from exporters.passes.mark_origins import MODULE, NODE
-from exporters.passes.set_accuracy_level import set_fast_accuracy
 from exporters.passes.settle_reshapes import settle_reshapes
 from exporters.passes.spell_gemms import spell_gemms
-from exporters.passes.split_bytes import split_bytes
 from exporters.passes.transpose_tables import transpose_tables
 from exporters.passes.transpose_weights import transpose_weights
-from exporters.passes.type_codes import type_codes
-from exporters.program import Constant, Program, capture
-from runtimes.bundle import TensorSpec
-
-FLOAT = TensorProto.FLOAT
-RANDOM = np.random.default_rng(0)
+from exporters.program import Constant, Program
+from tests.exporters.small_models import RANDOM, layer_program, model_of, operators, run
 
 
 @pytest.fixture(scope="module")
 def program() -> Program:
-    """A quantised layer and a norm, captured: what a Context holds."""
-
-    class Layer(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.register_buffer("codes", torch.from_numpy(RANDOM.integers(0, 256, (7, 3, 16), np.uint8)))
-            self.register_buffer("scales", torch.rand(7, 3))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return ops.quantized_linear(x, self.codes, self.scales, None, None, 4, 96)
-
-    class Model(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = Layer()
-            self.register_buffer("norm", torch.ones(96))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.layer(ops.rms_norm(x, self.norm, 1e-5))
-
-    spec = (TensorSpec("y", "float32", (1, "S", 7)),)
-    return capture("lm", Model(), (torch.rand(1, 3, 96),), {"x": {1: "S"}}, spec, ("x",))
-
-
-def model_of(
-    nodes: list[onnx.NodeProto], inputs: dict[str, list[int | str]], outputs: dict[str, list[int | str]],
-    **weights: np.ndarray,
-) -> ir.Model:  # fmt: skip
-    """An onnx_ir model; inputs and outputs are float."""
-    infos = [
-        [helper.make_tensor_value_info(name, FLOAT, shape) for name, shape in group.items()]
-        for group in (inputs, outputs)
-    ]
-    tensors = [numpy_helper.from_array(value, name) for name, value in weights.items()]
-    graph = helper.make_graph(nodes, "g", *infos, tensors)
-    imports = [helper.make_opsetid("", 24), helper.make_opsetid("com.microsoft", 1)]
-    return ir.from_proto(helper.make_model(graph, opset_imports=imports, ir_version=10))
-
-
-def operators(model: ir.Model) -> list[str]:
-    return [node.op_type for node in model.graph]
-
-
-def run(model: ir.Model, output: int = 0, **feeds: np.ndarray) -> np.ndarray:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    data = ir.to_proto(model).SerializeToString()
-    return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"]).run(None, feeds)[output]
-
-
-# --- type_codes -----------------------------------------------------------------------------------------------------
-
-
-def dequantising(bits: int, zeros: bool, gathered: bool = False) -> tuple[ir.Model, dict[str, np.ndarray]]:
-    """Given of type_codes: 5 rows, 3 blocks of 32; optionally something else reads the codes as bytes too."""
-    rows, blocks, block = 5, 3, 32
-    weights = {
-        "m.codes": RANDOM.integers(0, 256, (rows, blocks, block * bits // 8), np.uint8),
-        "m.scales": RANDOM.random((rows, blocks), np.float32),
-    }
-    if zeros:
-        weights["m.zeros"] = pack_bits(RANDOM.integers(0, 2**bits, (rows, blocks)).astype(np.uint8), bits)
-    nodes = [helper.make_node("DequantizeLinear", list(weights), ["y"], axis=1, block_size=block)]
-    outputs: dict[str, list[int | str]] = {"y": [rows, blocks * block]}
-    if gathered:
-        nodes += [
-            helper.make_node("Gather", ["m.codes", "at"], ["row"]),
-            helper.make_node("Cast", ["row"], ["z"], to=FLOAT),
-        ]
-        weights["at"] = np.array([2])
-        outputs["z"] = [1, blocks, block * bits // 8]
-    return model_of(nodes, {}, outputs, **weights), weights
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("zeros", [True, False])
-def test_type_codes_keeps_the_bytes(bits: int, zeros: bool, program: Program) -> None:
-    model, weights = dequantising(bits, zeros)
-    for edit in (type_codes, drop_unused):
-        edit(model, Context(program))
-    [node] = model.graph
-    codes, scales, points = (value.const_value for value in node.inputs)
-    wanted = {4: ir.DataType.UINT4, 8: ir.DataType.UINT8}[bits]
-    assert codes.dtype == points.dtype == wanted
-    assert codes.tobytes() == weights["m.codes"].tobytes()
-    assert scales.tobytes() == weights["m.scales"].tobytes()
-    assert (tuple(codes.shape), tuple(points.shape)) == ((5, 96), (5, 3))
-    expected = unpack_bits(weights["m.zeros"], bits, 3).astype(int) if zeros else np.full((5, 3), 2 ** (bits - 1))
-    np.testing.assert_array_equal(np.asarray(points.numpy()).astype(np.uint8), expected)
-    assert set(model.graph.initializers) == {"m.codes.typed", "m.scales", "m.zeros.typed"}
-    # And ONNX Runtime reads them as we do.
-    centred = unpack_bits(weights["m.codes"].reshape(5, -1), bits, 96).reshape(5, 3, 32) - expected[..., None]
-    np.testing.assert_array_equal(
-        run(model), (centred * weights["m.scales"][..., None]).astype(np.float32).reshape(5, 96)
-    )
-
-
-def test_type_codes_leaves_bytes_that_are_read_as_bytes(program: Program) -> None:
-    model, weights = dequantising(4, True, gathered=True)
-    type_codes(model, Context(program))
-    [gather] = [node for node in model.graph if node.op_type == "Gather"]
-    assert gather.inputs[0].name == "m.codes" and gather.inputs[0].dtype == ir.DataType.UINT8
-    assert gather.inputs[0].const_value.tobytes() == weights["m.codes"].tobytes()
+    return layer_program()
 
 
 # --- transpose_weights ----------------------------------------------------------------------------------------------
@@ -242,61 +127,7 @@ def test_a_table_with_another_reader_keeps_its_layout(program: Program) -> None:
     np.testing.assert_array_equal(model.graph.initializers["W"].const_value.numpy(), weights["W"])
 
 
-# --- split_bytes ----------------------------------------------------------------------------------------------------
-
-
-def multiplied(bits: int, columns: int, zeros: bool) -> ir.Model:
-    rows, block = 5, 32
-    blocks = -(-columns // block)
-    weights = {
-        "m.codes": RANDOM.integers(0, 256, (rows, blocks, block * bits // 8), np.uint8),
-        "m.scales": RANDOM.random((rows, blocks), np.float32),
-    }
-    if zeros:
-        weights["m.zeros"] = RANDOM.integers(0, 256, (rows, -(-blocks * bits // 8)), np.uint8)
-    node = helper.make_node(
-        "MatMulNBits", ["x", *weights], ["y"], domain="com.microsoft",
-        K=columns, N=rows, bits=bits, block_size=block, accuracy_level=1,
-    )  # fmt: skip
-    return model_of([node], {"x": [2, columns]}, {"y": [2, rows]}, **weights)
-
-
-@pytest.mark.parametrize("zeros", [True, False])
-def test_split_bytes_multiplies_with_the_same_weights(zeros: bool, program: Program, tmp_path: Path) -> None:
-    model = multiplied(8, 96, zeros)
-    x = RANDOM.standard_normal((2, 96)).astype(np.float32)
-    before = run(model, x=x)
-    ir.save(model, tmp_path / "before.onnx")
-    split_bytes(model, Context(program))
-    ir.save(model, tmp_path / "after.onnx")
-    assert operators(model) == ["Concat", "MatMulNBits"]
-    np.testing.assert_allclose(run(model, x=x), before, rtol=1e-5, atol=1e-5)
-    stored, read = (read_matrices(tmp_path / name)["m"] for name in ("before.onnx", "after.onnx"))
-    assert (read.bits, read.block) == (8, 32)
-    np.testing.assert_array_equal(read.codes, stored.codes)
-    np.testing.assert_array_equal(read.scales, stored.scales)
-    np.testing.assert_array_equal(
-        read.zero_points, np.full((5, 3), 128) if stored.zero_points is None else stored.zero_points
-    )
-
-
-@pytest.mark.parametrize(("bits", "columns"), [(4, 96), (8, 90)], ids=["4 bits", "a padded block"])
-def test_split_bytes_leaves_other_products(bits: int, columns: int, program: Program) -> None:
-    model = multiplied(bits, columns, True)
-    split_bytes(model, Context(program))
-    assert operators(model) == ["MatMulNBits"]
-    assert model.graph[0].attributes["bits"].as_int() == bits
-
-
 # --- the small ones -------------------------------------------------------------------------------------------------
-
-
-def test_set_accuracy_level_touches_the_quantised_products_alone(program: Program) -> None:
-    model = multiplied(4, 96, True)
-    model.graph.append(ir.node("Relu", [model.graph[0].outputs[0]]))
-    set_fast_accuracy(model, Context(program))
-    assert model.graph[0].attributes["accuracy_level"].as_int() == 4
-    assert not model.graph[1].attributes
 
 
 def reshaped(output: list[int | str]) -> ir.Model:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 
 from exporters.external_data import ALIGNMENT, THRESHOLD, WeightFile
@@ -72,9 +73,21 @@ def test_the_standard_graph_has_standard_operators_alone(int4: ExportedLm) -> No
     ]
     counts = operators(int4, "standard", "exact")
     assert counts["DequantizeLinear"] == counts["MatMul"] == 4 * LAYERS + 1
+    assert counts["Transpose"] == 4 * LAYERS  # of attention: none of a matrix
     assert counts["Attention"] == LAYERS and counts["TensorScatter"] == counts["RotaryEmbedding"] == 2 * LAYERS
     assert counts["RMSNormalization"] == 2 * LAYERS + 1
     assert not {"Softmax", "Pow", "ReduceMean", "Sin", "Cos"} & set(counts)
+
+
+def test_onnx_runtime_multiplies_with_the_codes_of_the_standard_graph(int4: ExportedLm, tmp_path: Path) -> None:
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    model = int4.folder / int4.artifacts["standard", "exact"].model
+    onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    counts = Counter(node.op_type for node in ir.load(tmp_path / "optimised.onnx").graph)
+    assert counts["MatMulNBits"] == 4 * LAYERS + 1
+    assert not {"DequantizeLinear", "MatMul"} & set(counts)
 
 
 @pytest.mark.parametrize("form", ["fused", "standard"])
@@ -106,31 +119,33 @@ def test_the_model_is_valid_and_its_signature_is_the_artifacts(int4: ExportedLm,
         assert list(state.shape) == cache["key"][1]
 
 
-def references(exported: ExportedLm) -> dict[str, dict[str, tuple[int, int]]]:
-    """model file -> initializer -> (offset, length) in the one data file."""
-    found: dict[str, dict[str, tuple[int, int]]] = {}
+def references(exported: ExportedLm) -> dict[str, dict[str, tuple[str, int, int]]]:
+    """model file -> initializer -> (data file, offset, length)."""
+    found: dict[str, dict[str, tuple[str, int, int]]] = {}
     for artifact in exported.artifacts.values():
         model = onnx.load(exported.folder / artifact.model, load_external_data=False)
         rows = found[artifact.model] = {}
         for tensor in model.graph.initializer:
             entry = {item.key: item.value for item in tensor.external_data}
             if entry:
-                assert entry["location"] == "lm.data"
-                rows[tensor.name] = int(entry["offset"]), int(entry["length"])
+                rows[tensor.name] = f"onnx/{entry['location']}", int(entry["offset"]), int(entry["length"])
+        assert {file for file, _, _ in rows.values()} == {*artifact.files} - {artifact.model}
     return found
 
 
 @pytest.mark.parametrize("variant", ["int4", "float"])
-def test_the_data_file_is_what_is_referenced_and_padding(exported_lm: ExportLm, variant: str) -> None:
+def test_the_data_files_are_what_is_referenced_and_padding(exported_lm: ExportLm, variant: str) -> None:
     exported = exported_lm(variant)
     spans = sorted({span for rows in references(exported).values() for span in rows.values()})
-    data = (exported.folder / "onnx" / "lm.data").read_bytes()
-    end = 0
-    for offset, length in spans:
-        assert offset % ALIGNMENT == 0 and length >= THRESHOLD
-        assert 0 <= offset - end < ALIGNMENT and not any(data[end:offset])
-        end = offset + length
-    assert end == len(data)
+    names = {path.relative_to(exported.folder).as_posix() for path in (exported.folder / "onnx").glob("*.data")}
+    assert names == {name for name, _, _ in spans}
+    for name in names:
+        data, end = (exported.folder / name).read_bytes(), 0
+        for offset, length in (span[1:] for span in spans if span[0] == name):
+            assert offset % ALIGNMENT == 0 and length >= THRESHOLD
+            assert 0 <= offset - end < ALIGNMENT and not any(data[end:offset])
+            end = offset + length
+        assert end == len(data)
 
 
 def test_equal_tensors_are_stored_once_for_all_forms(int4: ExportedLm) -> None:
@@ -138,12 +153,22 @@ def test_equal_tensors_are_stored_once_for_all_forms(int4: ExportedLm) -> None:
     fused, fast, standard = (used[int4.artifacts[key].model] for key in FORMS)
     quantised = [name for name in fast if re.search(r"layers.*\.codes$", name)]
     assert len(quantised) == 4 * LAYERS
-    for name in quantised:
-        assert fused[name] == fast[name] == standard[f"{name}.typed"]
-    for name in ("model.norm.weight", "model.rotary_emb.cos"):
-        assert fused[name] == fast[name] == standard[name]
-    total = sum(length for _, length in {span for rows in used.values() for span in rows.values()})
-    assert total < sum(length for rows in used.values() for _, length in rows.values()) / 2
+    for name in (*quantised, "model.norm.weight", "model.rotary_emb.cos"):
+        assert fused[name] == fast[name]
+        assert fused[name][0] == "onnx/lm.data"
+    for name in ("model.norm.weight", "model.rotary_emb.cos", "model.embed_tokens.matrix.codes"):
+        assert standard[name] == fast[name]
+
+
+def test_an_artifact_names_the_files_that_it_reads(int4: ExportedLm) -> None:
+    def data(form: str, mode: str) -> list[str]:
+        artifact = int4.artifacts[form, mode]
+        return [file for file in artifact.files if file != artifact.model]
+
+    # The exact form has the head's 8 bits in two planes of nibbles; the standard one has all codes transposed.
+    assert data("fused", "exact") == ["onnx/lm.data"]
+    assert data("fused", "fast") == ["onnx/lm.data"]  # whose embedding looks the head's codes up as they are
+    assert data("standard", "exact") == ["onnx/lm.data", "onnx/lm.standard.exact.data"]
 
 
 def test_weights_are_not_in_the_model_files(int4: ExportedLm) -> None:

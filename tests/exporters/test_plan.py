@@ -87,7 +87,11 @@ def test_speed_is_bandwidth_over_bytes_and_unknown_without_it(exported_lm: Expor
     weights = sum(constant.nbytes for constant in program.constants.values())
     cache = sum(4 * state.shape[1] * state.shape[2] * state.shape[3] for state in program.states)
     assert found.bundle_bytes == weights + 1000
-    assert forecast(host, [program], 1000, {"lm": 3}).bundle_bytes == 3 * weights + 1000  # three backends' files
+    backends = [("onnx", "fused"), ("openvino", "ir"), ("tvm", "compiled")]
+    assert forecast(host, [program], 1000, {"lm": backends}).bundle_bytes == 3 * weights + 1000
+    codes = sum(c.nbytes for name, c in program.constants.items() if name.endswith((".codes", ".scales", ".zeros")))
+    further = forecast(host, [program], 1000, {"lm": [*backends, ("onnx", "standard")]})
+    assert further.bundle_bytes == 3 * weights + codes + 1000
     assert sum(state_bytes(program)) == cache
     # A step reads every weight but the RoPE tables, of which attention takes a row, and a cache that is half full.
     tables = sum(program.constants[f"model.rotary_emb.{name}"].nbytes for name in ("cos", "sin"))
