@@ -253,6 +253,9 @@ class CheckedSession(ABC):
         return length
 
 
+_RESHAPE = "Feed an array of the expected shape, in which a name stands for any size"
+
+
 class _InputCheck:
     """One input's dtype, rank, shape and value range, with an error that says which of them is wrong."""
 
@@ -272,11 +275,11 @@ class _InputCheck:
             raise self._wrong(f"dtype {array.dtype.str}, expected {self.dtype.str}", "Convert it with astype")
         shape = array.shape
         if len(shape) != len(self.shape):
-            raise self._wrong(f"rank {len(shape)} (shape {list(shape)}), expected shape {list(self.shape)}")
+            raise self._wrong(f"rank {len(shape)} (shape {list(shape)}), expected shape {list(self.shape)}", _RESHAPE)
         for size, expected in zip(shape, self.shape, strict=True):
             wanted = symbols.setdefault(expected, size) if isinstance(expected, str) else expected
             if size != wanted:
-                raise self._wrong(f"shape {list(shape)}, expected {list(self.shape)}")
+                raise self._wrong(f"shape {list(shape)}, expected {list(self.shape)}", _RESHAPE)
             if size == 0:
                 raise self._wrong(f"empty: shape {list(shape)}", "Feed at least one element")
         if self.high is not None:
@@ -290,14 +293,14 @@ class _InputCheck:
         low_value, high_value = (array.item(),) * 2 if array.size == 1 else (array.min(), array.max())
         if low_value < 0 or high_value >= high:
             culprit = low_value if low_value < 0 else high_value
-            raise self._wrong(f"value {culprit} is outside 0..{high - 1}")
+            raise self._wrong(f"value {culprit} is outside 0..{high - 1}", "Feed ids of this model's own range")
 
     def _missing(self, value: object) -> RuntimeInputError:
         if value is None:
-            return self._wrong("is missing")
+            return self._wrong("is missing", "Feed every input of the signature")
         return self._wrong(f"is a {type(value).__name__}, not a numpy array", "Convert it with numpy.asarray")
 
-    def _wrong(self, what: str, way_out: str = "") -> RuntimeInputError:
+    def _wrong(self, what: str, way_out: str) -> RuntimeInputError:
         return RuntimeInputError(what, self.where, way_out)
 
 

@@ -67,6 +67,11 @@ class Refusal:
         return self.test.partition("[")[0]
 
     @property
+    def area(self) -> str:
+        """Of its file: "tests/malformed/test_config_inputs.py" -> "Config inputs"."""
+        return Path(self.test.partition("::")[0]).stem.removeprefix("test_").replace("_", " ").capitalize()
+
+    @property
     def given(self) -> str:
         """The test's name in words, and its case."""
         name, bracket, case = self.test.partition("::")[2].partition("[")
@@ -122,14 +127,9 @@ def classes() -> Mapping[str, str]:
     return found
 
 
-def _area(test: str) -> str:
-    """Of the file: "tests/malformed/test_config_inputs.py" -> "Config inputs"."""
-    return Path(test.partition("::")[0]).stem.removeprefix("test_").replace("_", " ").capitalize()
-
-
 def markdown(refusals: Iterable[Refusal]) -> str:
     """The whole catalogue."""
-    each = sorted(set(refusals), key=lambda one: (_area(one.test), one.test, one.row))
+    each = sorted(set(refusals), key=lambda one: (one.area, one.test, one.row))
     lines = [
         "# What is refused, and what is printed",
         "",
@@ -137,7 +137,7 @@ def markdown(refusals: Iterable[Refusal]) -> str:
         "`WHERE: WHAT. WAY OUT`, and the command ends with a code other than 0. Folders, versions and hashes are left "
         "out.",
     ]
-    for area, group in groupby(each, lambda one: _area(one.test)):
+    for area, group in groupby(each, lambda one: one.area):
         lines += ["", f"## {area}", "", "| given | error | where | what | way out |", "| --- | --- | --- | --- | --- |"]
         said: set[tuple[str, ...]] = set()
         for _, case in groupby(group, lambda one: one.test):

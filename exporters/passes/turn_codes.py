@@ -4,8 +4,8 @@ Given:  MatMul(x, Transpose(DequantizeLinear(codes [N, K], scales [N, nb], zeros
 Result: MatMul(x, DequantizeLinear(codes' [K, N], scales' [nb, N], zeros' [nb, N]) {axis: 0})
 
 That is the form which runtimes know: ONNX Runtime makes one product with the codes of it, and otherwise computes the
-whole matrix in floats for every token. At 0.5B a token takes 0.2 s in the place of 3.4 s, in 1.3 GB in the place of
-4.2 GB.
+whole matrix in floats for every token. With 0.5B and two cores a token takes 0.05 s, near the 0.04 s of the contrib
+operators, and not seconds; the process takes 1.4 GB and not 4.2 GB.
 """
 
 from __future__ import annotations

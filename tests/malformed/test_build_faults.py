@@ -23,6 +23,7 @@ from exporters.errors import ExportError
 from runtimes.bundle import BundleBusy, BundleError, load_bundle
 from tests.exporters.plain import hidden, one_form, text_only
 from tests.malformed.test_host_faults import PAGE, ROOT, resize, small_disk
+from tests.refusals import raises
 
 # One JSON request per line: {package, output, context, stage}. A fork builds and, at its first report of that stage,
 # kills itself. Answers {"signal": number or 0, "error": what the build refused with, or ""}.
@@ -177,7 +178,7 @@ def test_disk_full_wherever_it_ends(old: Request, tmp_path: Path, capsys: pytest
         for pages in (2, size // PAGE // 2, size // PAGE):
             resize(disk, f"size={pages * PAGE}")
             stages: list[str] = []
-            with pytest.raises(BundleError, match="No space left on device") as caught:
+            with raises(BundleError, match="No space left on device") as caught:
                 build(request, lambda stage, size, seen=stages: seen.append(stage))
             assert "Free some space" in caught.value.way_out and caught.value.where.startswith(str(disk))
             assert list(disk.iterdir()) == []
@@ -198,7 +199,7 @@ def test_a_full_disk_leaves_the_old_bundle(old: Request, tmp_path: Path) -> None
         request = replace(old, output=disk / "bundle")
         subprocess.run(["cp", "-a", old.output, request.output], check=True)
         resize(disk, f"size={sum(file.stat().st_size for file in disk.rglob('*') if file.is_file()) + 40 * PAGE}")
-        with pytest.raises(BundleError, match="No space left on device"):
+        with raises(BundleError, match="No space left on device"):
             build(replace(request, context=NEW))
         assert context_of(request.output) == OLD
         assert hidden(disk) == []
@@ -211,7 +212,7 @@ def test_a_read_only_output(old: Request, tmp_path: Path) -> None:
         resize(disk, "ro")
         assert build(request)[2]  # what is there and unchanged can still be used
         stages: list[str] = []
-        with pytest.raises(BundleError, match="Read-only file system"):
+        with raises(BundleError, match="Read-only file system"):
             build(replace(request, context=NEW), lambda stage, size: stages.append(stage))
         assert "load" not in stages, "nothing is spent on what cannot be written"
         assert context_of(request.output) == OLD
@@ -228,7 +229,7 @@ def test_a_package_that_vanishes_is_named(old: Request, tmp_path: Path) -> None:
             shard.unlink()
 
     request = replace(old, package=package, output=tmp_path / "bundle")
-    with pytest.raises(ExportError) as caught:
+    with raises(ExportError) as caught:
         build(request, remove)
     assert shard.name in str(caught.value)
     assert not request.output.exists() and hidden(tmp_path) == []

@@ -17,6 +17,7 @@ from runtimes.errors import Fault
 from runtimes.session import open_session
 from tests.conftest import MakeStudent
 from tests.coreml_maker import exported
+from tests.refusals import raises
 
 MODEL, WEIGHTS = f"Data/{package.MODEL}", f"Data/{package.WEIGHTS}/weight.bin"
 
@@ -84,7 +85,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], type[Fault], str]] = {
 def test_damaged_packages(copy: Path, name: str) -> None:
     damage, kind, message = DAMAGES[name]
     damage(copy)
-    with pytest.raises(kind, match=message):
+    with raises(kind, match=message):
         load_package(copy)
 
 
@@ -102,7 +103,7 @@ def test_damaged_packages(copy: Path, name: str) -> None:
 def test_functions_of_the_manifest_that_cannot_be_run(make_tiny_student: MakeStudent, functions, message) -> None:
     held = exported(make_tiny_student())
     artifact = held.artifacts["lm", "exact"]
-    with pytest.raises(BrokenPackage, match=message):
+    with raises(BrokenPackage, match=message):
         open_session(held.bundle, replace(artifact, options={**artifact.options, "functions": functions}))
 
 

@@ -16,6 +16,7 @@ from exporters.families.decoder_lm import capture_lm
 from exporters.families.unsupported import UnsupportedModule
 from exporters.student import load_student
 from tests.exporters.families_maker import CASES, LONGROPE, Case, quantise, write
+from tests.refusals import raises
 from tools.family_matrix import CAPACITY
 
 #: name -> (model_type, options, module path, class or cause that the message names, what of it the way out says)
@@ -65,7 +66,7 @@ def test_a_module_that_is_not_understood_is_named(name: str, tmp_path: Path) -> 
     kind, options, where, what, way_out = REFUSED[name]
     write(Case(kind, options), tmp_path)
     student = load_student(tmp_path)
-    with pytest.raises(UnsupportedModule) as caught:
+    with raises(UnsupportedModule) as caught:
         capture_lm(student, CAPACITY)
     assert caught.value.where.startswith(where)
     assert what in f"{caught.value.where} {caught.value.what}"
@@ -83,14 +84,14 @@ def test_the_familys_own_names_of_dimensions_are_read(tmp_path: Path) -> None:
     assert "hidden_size" not in json.loads((tmp_path / "config.json").read_text())
     load_student(tmp_path)
     edited(tmp_path, lambda config: config.update(n_embd=-4))
-    with pytest.raises(ConfigError, match="hidden_size is -4"):
+    with raises(ConfigError, match="hidden_size is -4"):
         load_student(tmp_path)
 
 
 def test_two_names_of_one_dimension_that_contradict_are_refused(tmp_path: Path) -> None:
     write(CASES["gpt2"], tmp_path)
     edited(tmp_path, lambda config: config.update(hidden_size=48))
-    with pytest.raises(ConfigError, match="hidden_size says 48, n_embd says 64"):
+    with raises(ConfigError, match="hidden_size says 48, n_embd says 64"):
         load_student(tmp_path)
 
 
@@ -108,7 +109,7 @@ def test_two_spellings_of_rope_that_contradict_are_refused(name: str, tmp_path: 
     case, change, field = CONTRADICTIONS[name]
     write(CASES[case], tmp_path)
     edited(tmp_path, lambda config: config.update(change))
-    with pytest.raises(ConfigError) as caught:
+    with raises(ConfigError) as caught:
         load_student(tmp_path)
     assert caught.value.where == "config.json" and field in caught.value.what and "rope_parameters" in caught.value.what
 
@@ -122,7 +123,7 @@ def test_two_spellings_that_agree_are_taken(tmp_path: Path) -> None:
 def test_a_wrapper_around_a_decoder_says_where_it_is(tmp_path: Path) -> None:
     write(CASES["gemma3"], tmp_path)
     edited(tmp_path, lambda c: c.update(model_type="gemma3", text_config=dict(c)))
-    with pytest.raises(ConfigError, match=r"gemma3.*text_config.*Save the decoder alone \(gemma3_text\)"):
+    with raises(ConfigError, match=r"gemma3.*text_config.*Save the decoder alone \(gemma3_text\)"):
         load_student(tmp_path)
 
 
@@ -134,7 +135,7 @@ def test_experts_quantised_as_one_tensor_are_refused(part: str, tmp_path: Path) 
     tensors = {name: tensor for name, tensor in load_file(path).items() if not name.startswith(prefix)}
     tensors[prefix + part] = torch.zeros(4, 48, 20, dtype=torch.uint8)
     save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(ExportError) as caught:
+    with raises(ExportError) as caught:
         load_student(tmp_path)
     assert prefix + part in str(caught.value) and caught.value.way_out
     if part != "gate_up_proj":
@@ -146,5 +147,5 @@ def test_an_expert_that_is_missing_is_named(tmp_path: Path) -> None:
     quantise(tmp_path)
     path, name = tmp_path / "model.safetensors", "model.layers.1.mlp.experts.2.down_proj.weight_packed"
     save_file({key: t for key, t in load_file(path).items() if key != name}, path, metadata={"format": "pt"})
-    with pytest.raises(ExportError, match=r"experts\.2\.down_proj\.weight_packed.*is missing"):
+    with raises(ExportError, match=r"experts\.2\.down_proj\.weight_packed.*is missing"):
         load_student(tmp_path)

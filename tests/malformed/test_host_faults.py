@@ -25,6 +25,7 @@ from runtimes.archive import pack, unpack
 from runtimes.bundle import BundleBusy, BundleError, load_bundle, staged, write_manifest
 from runtimes.files import storage_errors
 from tests.bundle_maker import FILES, make_bundle, manifest
+from tests.refusals import raises
 
 ROOT = Path(__file__).parents[2]
 PAGE = 4096
@@ -171,7 +172,7 @@ def test_two_builders_on_one_output(tmp_path: Path, stage: str) -> None:
     builder = child(WAITING_BUILDER, tmp_path / "out", 1, stage)
     assert builder.stdout is not None
     assert builder.stdout.readline() == "waiting\n"
-    with pytest.raises(BundleBusy, match=f"process {builder.pid} is building there") as caught:
+    with raises(BundleBusy, match=f"process {builder.pid} is building there") as caught:
         make_bundle(tmp_path / "out", "1.0.2", b"mine")
     assert caught.value.way_out
     make_bundle(tmp_path / "other", "1.0.2", b"mine")  # another output is nobody else's business
@@ -197,7 +198,7 @@ def test_a_reader_between_the_two_renames_is_told_who_builds(tmp_path: Path) -> 
     builder = child(WAITING_BUILDER, tmp_path / "out", 0, "aside")
     assert builder.stdout is not None
     assert builder.stdout.readline() == "waiting\n"
-    with pytest.raises(BundleBusy, match=f"process {builder.pid}"):
+    with raises(BundleBusy, match=f"process {builder.pid}"):
         load_bundle(tmp_path / "out")
     builder.kill()
     builder.communicate()
@@ -255,7 +256,7 @@ def test_disk_full_at_every_write(tmp_path: Path, before: bool) -> None:
 
 def test_disk_full_in_a_native_writer(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 64 * PAGE) as disk:
-        with pytest.raises(BundleError, match="No space left on device"), staged(disk / "out") as folder:
+        with raises(BundleError, match="No space left on device"), staged(disk / "out") as folder:
             save_file({"weights": np.zeros(1 << 20, np.float32)}, folder / "weights.safetensors")
         assert list(disk.iterdir()) == []
 
@@ -264,9 +265,9 @@ def test_disk_full_while_packing_and_unpacking(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "bundle")
     pack(bundle.folder, tmp_path / "good.tar")
     with small_disk(tmp_path / "disk", 4 * PAGE) as disk:
-        with pytest.raises(BundleError, match="No space left on device"):
+        with raises(BundleError, match="No space left on device"):
             pack(bundle.folder, disk / "a.tar")
-        with pytest.raises(BundleError, match="are free"):
+        with raises(BundleError, match="are free"):
             unpack(tmp_path / "good.tar", disk / "out")
         assert list(disk.iterdir()) == []
 
@@ -275,23 +276,23 @@ def test_read_only_output(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 1 << 20) as disk:
         make_bundle(disk / "out", "1.0.0", b"old")
         resize(disk, "ro")
-        with pytest.raises(BundleError, match=r"Read-only file system.*elsewhere"):
+        with raises(BundleError, match=r"Read-only file system.*elsewhere"):
             make_bundle(disk / "out", "1.0.1", b"new")
         check_whole(disk / "out", {b"old"})
-        with pytest.raises(BundleError, match="Read-only file system"):
+        with raises(BundleError, match="Read-only file system"):
             make_bundle(disk / "new" / "out")
-        with pytest.raises(BundleError, match="Read-only file system"):
+        with raises(BundleError, match="Read-only file system"):
             pack(disk / "out", disk / "a.tar")
         resize(disk, "rw")
 
 
 def test_an_output_that_is_a_mount_point(tmp_path: Path) -> None:
-    with small_disk(tmp_path / "disk", 1 << 20) as disk, pytest.raises(BundleError, match="is a mount point"):
+    with small_disk(tmp_path / "disk", 1 << 20) as disk, raises(BundleError, match="is a mount point"):
         make_bundle(disk)
 
 
 def test_a_place_where_nobody_may_write() -> None:
-    with pytest.raises(BundleError) as caught:
+    with raises(BundleError) as caught:
         make_bundle(Path("/sys/kernel/out"))
     assert caught.value.where.startswith("/sys/kernel")
     assert caught.value.way_out
@@ -303,7 +304,7 @@ def test_file_size_limit(tmp_path: Path) -> None:
     for limit in (0, 1, 100, 2000, 10_000):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
         try:
-            with pytest.raises(BundleError, match=r"File too large.*file-size limit"):
+            with raises(BundleError, match=r"File too large.*file-size limit"):
                 make_bundle(tmp_path / "out", "1.0.1", b"new")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -316,13 +317,13 @@ def test_an_input_output_error_names_the_file() -> None:
     if not path.exists():
         pytest.skip("there is no /proc/self/mem to fail")
     said = r"Input/output error.*disk reports a fault"
-    with pytest.raises(BundleError, match=said) as caught, storage_errors(path), open(path, "rb", buffering=0) as file:
+    with raises(BundleError, match=said) as caught, storage_errors(path), open(path, "rb", buffering=0) as file:
         file.read(1)
     assert caught.value.where == "/proc/self/mem"
 
 
 def test_a_name_that_is_too_long(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="shorter output path"):
+    with raises(BundleError, match="shorter output path"):
         make_bundle(tmp_path / ("x" * 300))
 
 

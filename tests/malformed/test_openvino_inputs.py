@@ -19,6 +19,7 @@ from runtimes.openvino_ import UnreadableModel
 from runtimes.session import open_session
 from runtimes.versions import WrongRuntime
 from tests.bundle_maker import make_bundle
+from tests.refusals import raises
 
 
 @dataclass(frozen=True)
@@ -86,38 +87,38 @@ def test_a_damaged_graph(files: Files, damage: Callable[[bytes], bytes]) -> None
     before = files.xml.read_bytes()
     files.xml.write_bytes(damage(before))
     assert files.xml.read_bytes() != before
-    with pytest.raises(UnreadableModel, match=r"lm \(openvino/ir/exact\)|lm \(openvino ir exact\)"):
+    with raises(UnreadableModel, match=r"lm \(openvino/ir/exact\)|lm \(openvino ir exact\)"):
         open_session(files.bundle, files.artifact, 1)
 
 
 @pytest.mark.parametrize("part", [0.0, 0.5, 0.99])
 def test_weights_that_are_too_short(files: Files, part: float) -> None:
     files.bin.write_bytes(cut(part)(files.bin.read_bytes()))
-    with pytest.raises(UnreadableModel):
+    with raises(UnreadableModel):
         open_session(files.bundle, files.artifact, 1)
 
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_missing_file(files: Files, index: int) -> None:
     (files.bundle.folder / files.artifact.files[index]).unlink()
-    with pytest.raises(UnreadableModel):
+    with raises(UnreadableModel):
         open_session(files.bundle, files.artifact, 1)
 
 
 def test_a_file_that_the_manifest_does_not_list(files: Files) -> None:
     listed = {path: info for path, info in files.bundle.files.items() if not path.endswith(".bin")}
-    with pytest.raises(BundleError, match=r"lm\.ir\.bin"):
+    with raises(BundleError, match=r"lm\.ir\.bin"):
         open_session(replace(files.bundle, files=listed), files.artifact, 1)
 
 
 def test_another_release_of_openvino_is_refused_with_both_versions(files: Files) -> None:
     other = replace(files.artifact, runtime={"openvino": "2019.1"})
-    with pytest.raises(WrongRuntime, match=r"needs openvino 2019\.1, installed is 20"):
+    with raises(WrongRuntime, match=r"needs openvino 2019\.1, installed is 20"):
         open_session(files.bundle, other)
 
 
 def test_a_device_string_that_means_nothing(files: Files) -> None:
     for device in ("", ":", "CPU:", "TOASTER", "AUTO:", "\x00", "CPU.99"):
         odd = replace(files.artifact, options={"device": device})
-        with pytest.raises(Fault):
+        with raises(Fault):
             open_session(files.bundle, odd)

@@ -10,27 +10,27 @@ from safetensors.numpy import save_file
 
 from device_profiles import ProfileError
 from device_profiles.loader import load_profile_file
-from exporters.build import main
+from exporters.build import main, parse, run_command
+from exporters.errors import ExportError
 from tests.conftest import MakeStudent
 from tests.exporters.plain import text_only
+from tests.refusals import raises
 
 HOST = Path(__file__).parents[2] / "device_profiles" / "host.toml"
 
 
 @pytest.fixture
-def refused(make_tiny_student: MakeStudent, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """Runs the build and gives its one message."""
+def refused(make_tiny_student: MakeStudent, tmp_path: Path):
+    """Runs the build and gives what it is refused with."""
 
     def run(*options: str, variant: str = "float", package: Path | None = None) -> str:
         output = tmp_path / "bundle"
         folder = package or make_tiny_student(variant=variant)
         given = ["--profile", "host", "--package", str(folder), "--output", str(output), "--backends", "onnx"]
-        assert main([*given, "--no-bench", *options]) == 2
+        with raises((ExportError, ProfileError)) as caught:
+            run_command(parse([*given, "--no-bench", *options]))
         assert not output.exists()
-        message = capsys.readouterr().err
-        assert message.startswith("error: ")
-        assert "Traceback" not in message
-        return message
+        return str(caught.value)
 
     return run
 
@@ -159,7 +159,7 @@ def test_an_unknown_method(capsys):
 def test_a_profile_that_asks_for_what_is_not_there(tmp_path, table, key, reason):
     path = tmp_path / "host.toml"
     path.write_text(HOST.read_text().replace("[components]", f"[quantise]\n{table}\n\n[components]", 1))
-    with pytest.raises(ProfileError) as caught:
+    with raises(ProfileError) as caught:
         load_profile_file(path)
     assert reason in str(caught.value)
     assert caught.value.where == f"host.toml: {key}"

@@ -24,6 +24,7 @@ from runtimes.session import (
     choose_artifact,
     open_session,
 )
+from tests.refusals import raises
 from tests.runtimes.eager_lm import open_eager_decoder, open_eager_lm
 
 
@@ -69,27 +70,27 @@ def still_works(session: CheckedSession) -> None:
 def test_a_token_outside_the_vocabulary(lm: CheckedSession, token: Any, place: str) -> None:
     value = vocabulary(lm) if token == "vocab" else token
     ids = [[value]] if place == "alone" else [[0, 1, value, 2]]
-    with pytest.raises(RuntimeInputError, match=rf"input 'ids': value {value} is outside 0\.\.{vocabulary(lm) - 1}"):
+    with raises(RuntimeInputError, match=rf"input 'ids': value {value} is outside 0\.\.{vocabulary(lm) - 1}"):
         lm.run({"ids": np.array(ids, np.int32)})
     assert lm.position == 0
     still_works(lm)
 
 
 def test_length_zero(lm: CheckedSession) -> None:
-    with pytest.raises(RuntimeInputError, match="empty"):
+    with raises(RuntimeInputError, match="empty"):
         lm.run({"ids": np.zeros((1, 0), np.int32)})
     still_works(lm)
 
 
 def test_longer_than_the_context(lm: CheckedSession) -> None:
-    with pytest.raises(KvOverflow, match=rf"{lm.capacity + 1} new > {lm.capacity}"):
+    with raises(KvOverflow, match=rf"{lm.capacity + 1} new > {lm.capacity}"):
         lm.run({"ids": np.zeros((1, lm.capacity + 1), np.int32)})
     still_works(lm)
 
 
 def test_a_full_cache(lm: CheckedSession) -> None:
     lm.run({"ids": np.zeros((1, lm.capacity), np.int32)})
-    with pytest.raises(KvOverflow, match="Call reset"):
+    with raises(KvOverflow, match="Call reset"):
         lm.run({"ids": np.zeros((1, 1), np.int32)})
     assert lm.position == lm.capacity
     still_works(lm)
@@ -97,7 +98,7 @@ def test_a_full_cache(lm: CheckedSession) -> None:
 
 @pytest.mark.parametrize("dtype", ["int64", "int16", "uint32", "float32", "bool", ">i4", "object"])
 def test_a_wrong_dtype_or_byte_order(lm: CheckedSession, dtype: str) -> None:
-    with pytest.raises(RuntimeInputError, match="dtype") as caught:
+    with raises(RuntimeInputError, match="dtype") as caught:
         lm.run({"ids": np.array([[1, 2]]).astype(dtype)})
     assert "astype" in caught.value.way_out
     still_works(lm)
@@ -105,7 +106,7 @@ def test_a_wrong_dtype_or_byte_order(lm: CheckedSession, dtype: str) -> None:
 
 @pytest.mark.parametrize("shape", [(), (2,), (1, 1, 2), (2, 2)])
 def test_a_wrong_rank_or_batch(lm: CheckedSession, shape: tuple[int, ...]) -> None:
-    with pytest.raises(RuntimeInputError, match="shape"):
+    with raises(RuntimeInputError, match="shape"):
         lm.run({"ids": np.zeros(shape, np.int32)})
     still_works(lm)
 
@@ -136,7 +137,7 @@ def test_any_stride_is_copied_and_gives_the_same(lm: CheckedSession) -> None:
     ids=["none", "other name", "list", "extra", "position"],
 )
 def test_missing_and_unknown_inputs(lm: CheckedSession, feeds: dict[str, Any], text: str) -> None:
-    with pytest.raises(RuntimeInputError, match=text):
+    with raises(RuntimeInputError, match=text):
         lm.run(feeds)
     still_works(lm)
 
@@ -145,7 +146,7 @@ def test_use_after_close(lm: CheckedSession) -> None:
     lm.close()
     lm.close()
     for use in (lambda: lm.run({"ids": np.ones((1, 1), np.int32)}), lm.reset):
-        with pytest.raises(SessionClosed, match="open_session"):
+        with raises(SessionClosed, match="open_session"):
             use()
 
 
@@ -199,7 +200,7 @@ def test_a_second_thread_inside_a_step_is_refused() -> None:
     try:
         assert inside.wait(30)
         for use in (lambda: session.run(codes), session.reset, session.close):
-            with pytest.raises(SessionBusy):
+            with raises(SessionBusy):
                 use()
     finally:
         leave.set()
@@ -213,14 +214,14 @@ def test_a_code_outside_the_codebook(decoder: CheckedSession, code: Any) -> None
     assert size is not None
     codes = np.zeros((1, 4, 4), np.int32)
     codes[0, 2, 3] = size if code == "size" else code
-    with pytest.raises(RuntimeInputError, match=r"input 'codes': value .* is outside 0\.\."):
+    with raises(RuntimeInputError, match=r"input 'codes': value .* is outside 0\.\."):
         decoder.run({"codes": codes})
     assert np.isfinite(decoder.run({"codes": np.ones((1, 4, 4), np.int32)})["image"]).all()
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 5), (1, 3, 4), (4, 4), (1, 16), (1, 1, 4, 4), (0, 4, 4)])
 def test_a_wrong_grid(decoder: CheckedSession, shape: tuple[int, ...]) -> None:
-    with pytest.raises(RuntimeInputError, match="input 'codes'"):
+    with raises(RuntimeInputError, match="input 'codes'"):
         decoder.run({"codes": np.zeros(shape, np.int32)})
 
 
@@ -233,7 +234,7 @@ def test_a_picture_with_nan_into_an_encoder(tiny_bundle: Path, value: float) -> 
     image.flat[5] = value
     with (
         open_session(bundle, artifact, threads=1) as session,
-        pytest.raises(RuntimeInputError, match="NaN or infinity"),
+        raises(RuntimeInputError, match="NaN or infinity"),
     ):
         session.run({artifact.inputs[0].name: image})
 
@@ -244,7 +245,7 @@ def test_out_of_memory_in_torch() -> None:
     assert lookup is not None
     codes = {"codes": np.zeros((1, 4, 4), np.int32)}
     session._step = lambda _: torch.empty(1 << 52)
-    with pytest.raises(OutOfDeviceMemory, match="image_decoder") as caught:
+    with raises(OutOfDeviceMemory, match="image_decoder") as caught:
         session.run(codes)
     assert "smaller batch" in caught.value.way_out
     session._step = lookup

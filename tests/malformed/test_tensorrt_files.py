@@ -21,6 +21,7 @@ from runtimes.bundle import BundleError
 from runtimes.errors import Fault
 from runtimes.onnxruntime_ import IncompatibleModel
 from runtimes.session import open_session
+from tests.refusals import raises
 from tests.tensorrt_maker import FUSED, JETSON, TYPED, Exported, exported
 
 DATA = "tensorrt/lm.data"
@@ -101,7 +102,7 @@ def test_a_damaged_graph_does_not_open(made: Exported, damage: Callable[[bytes],
     before = made.path.read_bytes()
     made.path.write_bytes(damage(before))
     assert made.path.read_bytes() != before
-    with pytest.raises(IncompatibleModel, match=rf"lm \(tensorrt/{made.artifact.form}/fp16\)"):
+    with raises(IncompatibleModel, match=rf"lm \(tensorrt/{made.artifact.form}/fp16\)"):
         opened(made, tmp_path)
 
 
@@ -109,7 +110,7 @@ def test_a_damaged_graph_does_not_open(made: Exported, damage: Callable[[bytes],
 def test_weights_that_are_too_short_do_not_open(made: Exported, part: float, tmp_path: Path) -> None:
     data = made.folder / DATA
     data.write_bytes(data.read_bytes()[: int(data.stat().st_size * part)])
-    with pytest.raises(IncompatibleModel):
+    with raises(IncompatibleModel):
         opened(made, tmp_path)
 
 
@@ -117,14 +118,14 @@ def test_weights_that_are_too_short_do_not_open(made: Exported, part: float, tmp
 def test_a_missing_file_does_not_open(made: Exported, index: int, tmp_path: Path) -> None:
     bundle = made.bundle(tmp_path)
     (made.folder / made.artifact.files[index]).unlink()
-    with pytest.raises(Fault):
+    with raises(Fault):
         open_session(bundle, made.artifact, 1)
 
 
 def test_a_graph_that_the_manifest_does_not_list_does_not_open(made: Exported, tmp_path: Path) -> None:
     bundle = made.bundle(tmp_path)
     listed = {path: info for path, info in bundle.files.items() if path != made.artifact.model}
-    with pytest.raises(BundleError, match=r"lm\.\w+\.fp16\.onnx"):
+    with raises(BundleError, match=r"lm\.\w+\.fp16\.onnx"):
         open_session(replace(bundle, files=listed), made.artifact, 1)
 
 
@@ -132,7 +133,7 @@ def test_a_kernel_without_its_function_does_not_open(tiny_student: Path, tmp_pat
     """What a device with plugins is handed is nothing that ONNX Runtime runs, and it says so."""
     made = exported(tiny_student, "lm", JETSON, FUSED).copied(tmp_path / "copy")
     made.path.write_bytes(edited(lambda model: model.ClearField("functions"))(made.path.read_bytes()))
-    with pytest.raises(IncompatibleModel, match="Edge"):
+    with raises(IncompatibleModel, match="Edge"):
         opened(made, tmp_path)
 
 
@@ -145,7 +146,7 @@ LENIENT = {"newer format", "newer opset", "unknown domain"}
 def test_the_parser_rejects_a_damaged_graph_too(damage: str, tiny_student: Path, tmp_path: Path) -> None:
     made = exported(tiny_student, "lm", JETSON, TYPED).copied(tmp_path / "copy")
     made.path.write_bytes(DAMAGE[damage](made.path.read_bytes()))
-    with pytest.raises(ParserRejected, match=r"lm\.typed\.fp16\.onnx: the parser of TensorRT-RTX \S+ rejects"):
+    with raises(ParserRejected, match=r"lm\.typed\.fp16\.onnx: the parser of TensorRT-RTX \S+ rejects"):
         compile_file(made.path, "sm_89", {}, engine=False)
 
 
@@ -160,5 +161,5 @@ def test_a_weight_that_is_too_large_for_float16_ends_the_export_by_name(tiny_stu
         tmp_path,
         [("typed", "fp16")],
     )
-    with pytest.raises(ExportError, match=rf"weight {name}: holds 1e\+05, more than float16's 65504\. .*mode exact"):
+    with raises(ExportError, match=rf"weight {name}: holds 1e\+05, more than float16's 65504\. .*mode exact"):
         TensorRtExporter().export(job)
