@@ -11,6 +11,7 @@ shipped reference student is built. A second build with nothing changed reuses t
 from __future__ import annotations
 
 import argparse
+import gc
 import shutil
 import signal
 import sys
@@ -26,6 +27,7 @@ from device_profiles.quantise import KV_CACHES, RECIPES
 from exporters import console
 from exporters.contents import build_key
 from exporters.errors import ExportError
+from exporters.heap import return_large_blocks
 from exporters.package import validate
 from exporters.progress import Progress, begin, folder_bytes
 from exporters.reference import VARIANTS, assemble
@@ -34,7 +36,7 @@ from runtimes.bench import BUDGET, USUAL, bench, check_budgets
 from runtimes.bundle import Bundle, load_bundle, staged
 from runtimes.errors import Fault
 from runtimes.parity import LOSS, Selection, check
-from runtimes.report import Report, Result, print_report, read_report, write_report
+from runtimes.report import Matrix, Report, Result, print_report, read_report, write_report
 
 if TYPE_CHECKING:
     from exporters.stages import Planned
@@ -105,23 +107,28 @@ def build(request: Request, progress: Progress = quiet) -> tuple[Bundle, Report,
     key = _key(request, [validate(folder, checked).sha256 for folder in packages])
     if (reused := _reusable(request, key)) is not None:
         return reused, read_report(reused.folder), True
-    from exporters import stages  # torch and transformers load here: a reused build does without them
-
     with staged(request.output, allow_downgrade=request.allow_downgrade, progress=progress) as folder:
-        scratch = folder / SCRATCH
-        planned = _plan(request, scratch, progress)
-        artifacts = stages.export(planned, folder, progress)
-        inherited = stages.read_back(planned, artifacts, folder, progress)
-        golden_files, noise, floors = stages.write_golden(planned, folder, progress)
-        shutil.rmtree(scratch, ignore_errors=True)
-        bundle = stages.finish(planned, key, artifacts, golden_files, noise, floors, inherited, folder, progress)
-        report = _measure(bundle, request, progress)
-        if planned.quantised is not None:
-            report = replace(report, quantisation=planned.quantised.matrices)
+        bundle, quantisation = _make(request, key, folder, progress)
+        gc.collect()  # the student's modules and mapped files, while every runtime opens its sessions
+        report = replace(_measure(bundle, request, progress), quantisation=quantisation)
         write_report(folder, report)
         if faults(report) and not request.allow_failed:
             raise GateFailed(report, request.output)
     return load_bundle(request.output), report, False
+
+
+def _make(request: Request, key: str, folder: Path, progress: Progress) -> tuple[Bundle, tuple[Matrix, ...]]:
+    """Everything that is in the bundle but its report, and the matrices that the build quantised."""
+    from exporters import stages  # torch and transformers load here: a reused build does without them
+
+    scratch = folder / SCRATCH
+    planned = _plan(request, scratch, progress)
+    artifacts = stages.export(planned, folder, progress)
+    inherited = stages.read_back(planned, artifacts, folder, progress)
+    golden_files, noise, floors = stages.write_golden(planned, folder, progress)
+    shutil.rmtree(scratch, ignore_errors=True)
+    bundle = stages.finish(planned, key, artifacts, golden_files, noise, floors, inherited, folder, progress)
+    return bundle, () if planned.quantised is None else planned.quantised.matrices
 
 
 def _plan(request: Request, scratch: Path, progress: Progress, fit: bool = True) -> Planned:
@@ -267,6 +274,13 @@ def run_command(options: argparse.Namespace) -> int:
 def _with_options(profile: Profile, options: argparse.Namespace) -> Profile:
     """The profile with the options that go before its [quantise] table."""
     settings = profile.quantise
+    given = [key for key in ("group", "mean_kl") if getattr(options, key) is not None]
+    if given and options.quantise is None and settings.method is None:
+        raise ExportError(
+            f"is given without a method, and profile {profile.name} names none",
+            where=f"--{given[0].replace('_', '-')}",
+            way_out=f"Add --quantise with one of {', '.join(RECIPES)}.",
+        )
     if options.quantise is not None:
         method, bits, activations = RECIPES[options.quantise]
         settings = replace(settings, method=method, bits=bits, activations=activations, group=None)
@@ -289,6 +303,7 @@ def _dry_run(request: Request) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line: 0 built, 1 a gate failed, 2 refused with one message."""
     options = parse(arguments)
+    return_large_blocks()
     # A terminated build cleans up as an interrupted one does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

@@ -13,8 +13,9 @@ from tools.random_student import write_student
 
 #: What an export needs whatever the student: graphs, tracing, the allocator.
 FIXED = 250 << 20
-#: What a whole build may take beside its checkpoint; the golden logits, all of a vocabulary each, are most of it.
-WHOLE = 1_500_000_000
+#: What a whole build may take beside its checkpoint, parity and its sessions included; the golden logits, all of a
+#: vocabulary each, are most of it.
+WHOLE = 500 << 20
 ROOT = Path(__file__).parents[2]
 
 _CHILD = """
@@ -22,26 +23,29 @@ import json, sys
 from dataclasses import replace
 from pathlib import Path
 from device_profiles import load_profile
-from exporters import stages
-from exporters.build import quiet
-from exporters.student import load_student
+from exporters.build import Request, build
+from exporters.heap import return_large_blocks
 from runtimes.host import peak_rss_bytes
 tiny, student, out = map(Path, sys.argv[1:])
+return_large_blocks()  # as the command does
+host = load_profile("host")
+profile = replace(host, components={"lm": ("onnx/fused/exact", "onnx/fused/fast")})
 
-def build(package, folder):
-    folder.mkdir()
-    profile = replace(load_profile("host"), components={**load_profile("host").components, "lm": FORMS})
-    planned = stages.plan(package, None, profile, ("onnx",), 256, quiet)
-    artifacts = stages.export(planned, folder, quiet)
-    found = stages.read_back(planned, artifacts, folder, quiet)
-    assert found.identical == found.total > 0
-    exported = peak_rss_bytes()
-    stages.write_golden(planned, folder, quiet)
-    return exported, peak_rss_bytes()
+def peaks(package, output):
+    exported = []
+    def progress(stage, size):
+        if stage == "golden outputs of lm":
+            exported.append(peak_rss_bytes())
+    # The logits of random weights are so near each other that rounded activations reorder them.
+    request = Request(profile, package, None, output, ("onnx",), 256, bench=False, allow_failed=True)
+    bundle, report, _ = build(request, progress)
+    assert bundle.inheritance["identical"] == bundle.inheritance["total"] > 0
+    exact = [row.status for row in report.results if row.gate == "export"]
+    assert exact and set(exact) == {"passed"}
+    return exported[0], peak_rss_bytes()
 
-FORMS = ("onnx/fused/exact", "onnx/fused/fast")
-_, before = build(tiny, out / "tiny")  # loads every library
-print(json.dumps([peak - before for peak in build(student, out / "small")]))
+_, before = peaks(tiny, out / "tiny")  # loads every library
+print(json.dumps([peak - before for peak in peaks(student, out / "small")]))
 """
 
 

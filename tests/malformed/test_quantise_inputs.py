@@ -118,8 +118,11 @@ def test_groups_that_no_product_takes(refused):
     assert "24 is no multiple of 16" in refused("--quantise", "int4", "--group", "24")
 
 
-def test_a_budget_without_a_method(refused):
-    assert "method: is missing" in refused("--mean-kl", "0.1").replace("--method", "method")
+@pytest.mark.parametrize("option", ["--mean-kl=0.1", "--group=32"])
+def test_an_option_of_quantising_without_a_method(refused, option):
+    message = refused(option)
+    assert message.startswith(f"{option.partition('=')[0]}: is given without a method, and profile host names none")
+    assert "Add --quantise with one of int4, " in message
 
 
 @pytest.mark.parametrize("budget", ["0", "-1", "nan"])
