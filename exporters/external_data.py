@@ -20,8 +20,9 @@ THRESHOLD = 256
 SOURCE = "source"
 #: Key of a lazy tensor's `meta`: reads some of its rows alone, where that can be done.
 ROWS = "rows"
-#: Key of a lazy tensor's `meta`: in how many equal pieces along its first axis other models of the file may have it.
-PIECES = "pieces"
+
+#: Key of a lazy tensor's `meta`: (source, i), where its bytes are the i-th of equal pieces of those of another source.
+PIECE = "piece"
 
 _Key = tuple[str, int]  # SHA-256 and size of a tensor's bytes
 _Place = tuple[str, int]  # name of the file, and where in it they begin
@@ -75,25 +76,24 @@ class WeightFile:
         self._file.flush()
 
     def _place(self, tensor: ir.TensorProtocol) -> _Place:
+        whole, index = tensor.meta.get(PIECE, (None, 0))
+        if whole in self._sources and tensor.nbytes % ALIGNMENT == 0:
+            file, start = self._sources[whole]
+            return file, start + index * tensor.nbytes
         source = tensor.meta.get(SOURCE)
         if source is None:
-            return self._write(_stored(tensor), tensor.meta.get(PIECES, 1))
+            return self._write(_stored(tensor))
         if source not in self._sources:
             self._sources[source] = self._write(_stored(tensor))
         return self._sources[source]
 
-    def _write(self, data: bytes | memoryview, pieces: int = 1) -> _Place:
+    def _write(self, data: bytes | memoryview) -> _Place:
         key = _key(data)
         if key not in self._places:
             self._file.write(bytes(-self._file.tell() % ALIGNMENT))
-            start = self._file.tell()
-            self._places[key] = self.path.name, start
+            self._places[key] = self.path.name, self._file.tell()
             self._file.write(data)
             self._progress(len(data))
-            size = len(data) // pieces
-            if pieces > 1 and size % ALIGNMENT == 0:
-                for offset in range(0, len(data), size):
-                    self._places.setdefault(_key(data[offset : offset + size]), (self.path.name, start + offset))
         return self._places[key]
 
 

@@ -16,6 +16,7 @@ from exporters.external_data import initializer_values
 from exporters.inheritance import LazyMatrices, StoredMatrix
 from exporters.onnx_tables import read_table, table_name
 from exporters.passes.fuse_experts import EXPERTS, MATRICES
+from exporters.passes.part_products import PART, part_of
 from exporters.passes.spell_integers import CODES as INTEGERS
 from exporters.passes.spell_integers import INTEGER_PRODUCTS, OFFSET, SCALES
 from exporters.passes.spell_tables import DOUBLED
@@ -35,9 +36,12 @@ def read_matrices(path: Path, inherited: Mapping[str, Inherited] = MappingProxyT
         inherited: the Program's matrices; a table that is only looked up has its layout from there.
     """
     readers: dict[str, Callable[[], StoredMatrix]] = {}
+    parts: dict[str, list[ir.Node]] = {}
     for node in ir.load(path).graph:
         if (name := table_name(node)) in inherited and node.op_type != "MatMulNBits":
             readers[name] = partial(read_table, node, inherited[name])
+        elif node.op_type == "MatMulNBits" and part_of(node.inputs[1]) is not None:
+            parts.setdefault(_matrix_name(node), []).append(node)
         elif node.op_type == "MatMulNBits":
             readers[_matrix_name(node)] = partial(_from_product, node)
         elif node.op_type == EXPERTS:
@@ -48,7 +52,7 @@ def read_matrices(path: Path, inherited: Mapping[str, Inherited] = MappingProxyT
             readers[_matrix_name(node)] = partial(_from_weight, node)
         elif node.op_type == "Gather" and (name := _table(node)) in inherited:
             readers.setdefault(name, partial(_from_lookup, node, inherited[name]))
-    return LazyMatrices(readers)
+    return LazyMatrices(readers | {name: partial(_from_parts, nodes) for name, nodes in parts.items()})
 
 
 def _of_experts(node: ir.Node) -> dict[str, Callable[[], StoredMatrix]]:
@@ -82,6 +86,19 @@ def _from_product(node: ir.Node) -> StoredMatrix:
     return replace(stored, order=gathered(node.inputs[0]))
 
 
+def _from_parts(nodes: list[ir.Node]) -> StoredMatrix:
+    """The matrix whose rows exporters/passes/part_products.py gave to products of their own."""
+    parts = [_from_product(node) for node in sorted(nodes, key=lambda node: part_of(node.inputs[1]))]
+    first = parts[0]
+    if any(not np.array_equal(part.order, first.order) for part in parts):
+        return replace(first, codes=first.codes[:0])  # no rows: equal to nothing
+    joined = {
+        key: None if getattr(first, key) is None else np.concatenate([getattr(part, key) for part in parts])
+        for key in ("codes", "scales", "zero_points")
+    }
+    return replace(first, **joined)
+
+
 def _from_weight(node: ir.Node) -> StoredMatrix:
     return replace(_from_dequantize(node), order=order_of_product(node.outputs[0]))
 
@@ -112,8 +129,8 @@ def order_of_product(weight: ir.Value) -> np.ndarray | None:
 
 def _matrix_name(node: ir.Node) -> str:
     codes = node.inputs[0] if node.op_type == "DequantizeLinear" else node.inputs[1]
-    name = codes.name.removesuffix(".typed").removesuffix(SUFFIX).removesuffix(".codes").removesuffix(DOUBLED)
-    return name.removesuffix(INTEGERS)
+    name = PART.sub("", codes.name).removesuffix(".typed").removesuffix(SUFFIX).removesuffix(".codes")
+    return name.removesuffix(DOUBLED).removesuffix(INTEGERS)
 
 
 def _table(node: ir.Node) -> str:

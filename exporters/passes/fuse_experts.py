@@ -29,7 +29,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from exporters.external_data import PIECES, SOURCE
+from exporters.external_data import SOURCE
 from exporters.passes.context import Context
 from exporters.passes.drop_unused import drop_unused
 from exporters.passes.editor import Editor
@@ -284,9 +284,7 @@ def _stacked(model: ir.Model, values: Sequence[ir.Value | None]) -> ir.Value | N
     if first is None:
         return None
     shape = (len(tensors), tensors[0].shape[0], math.prod(tensors[0].shape[1:]))
-    stacked = lazy_initializer(model, first.name + SUFFIX, first.dtype, shape, partial(_fill, shape, tensors))
-    stacked.const_value.meta[PIECES] = len(tensors)
-    return stacked
+    return lazy_initializer(model, first.name + SUFFIX, first.dtype, shape, partial(_fill, shape, tensors))
 
 
 def _fill(shape: tuple[int, ...], tensors: Sequence[ir.TensorProtocol]) -> np.ndarray:

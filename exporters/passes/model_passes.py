@@ -10,6 +10,7 @@ from exporters.passes.map_tables import map_tables
 from exporters.passes.mark_origins import mark_origins
 from exporters.passes.name_nodes import name_nodes
 from exporters.passes.pack_words import pack_words
+from exporters.passes.part_products import part_products
 from exporters.passes.set_accuracy_level import set_fast_accuracy
 from exporters.passes.settle_reshapes import settle_reshapes
 from exporters.passes.simplify_model import simplify_model
@@ -49,7 +50,15 @@ FUSED = (
     split_bytes,  # 8-bit matrices -> two 4-bit planes, for which there is a kernel
 )
 #: For ONNX Runtime, int8 activations in the quantised products.
-FUSED_FAST = (*_ALL, fuse_experts_fast, spell_integers, *_FLOAT_PRODUCTS, set_fast_accuracy)
+FUSED_FAST = (
+    *_ALL,
+    fuse_experts_fast,
+    spell_integers,
+    *_FLOAT_PRODUCTS,
+    part_products,  # a result that is cut into equal parts -> a product for each
+    drop_unused,  # the matrices as they were joined
+    set_fast_accuracy,  # the products' own choice of int8 activations
+)
 #: For TensorRT's parser: explicit types, and functions in the place of what ONNX has no operator for.
 TENSORRT = (
     *_ALL,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import product
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from exporters.blocks import pack_bits, unpack_bits
 from exporters.onnx_weights import read_matrices
 from exporters.passes.context import Context
 from exporters.passes.drop_unused import drop_unused
+from exporters.passes.part_products import part_products
 from exporters.passes.set_accuracy_level import set_fast_accuracy
 from exporters.passes.split_bytes import split_bytes
 from exporters.passes.turn_codes import turn_codes
@@ -182,6 +184,71 @@ def test_split_bytes_leaves_other_products(bits: int, columns: int, program: Pro
     split_bytes(model, Context(program))
     assert operators(model) == ["MatMulNBits"]
     assert model.graph[0].attributes["bits"].as_int() == bits
+
+
+# --- part_products --------------------------------------------------------------------------------------------------
+
+
+def cut(bits: int, zeros: bool, parts: int, axis: int = -1) -> ir.Model:
+    """A product of 12 rows whose result [2, 12] is cut along its last axis, each part through a Relu."""
+    weights = {
+        "m.codes": RANDOM.integers(0, 256, (12, 3, 4 * bits), np.uint8),
+        "m.scales": RANDOM.random((12, 3), np.float32),
+        "m.zeros": RANDOM.integers(0, 256, (12, -(-3 * bits // 8)), np.uint8),
+        "m.bias": RANDOM.random(12, np.float32),
+    }
+    inputs = ["x", "m.codes", "m.scales", "m.zeros" if zeros else "", "", "m.bias"]
+    nodes = [
+        helper.make_node(
+            "MatMulNBits", inputs, ["y"], domain="com.microsoft", K=96, N=12, bits=bits, block_size=32, accuracy_level=1
+        ),
+        helper.make_node("Split", ["y"], [f"y{i}" for i in range(parts)], axis=axis, num_outputs=parts),
+        *(helper.make_node("Relu", [f"y{i}"], [f"z{i}"]) for i in range(parts)),
+    ]
+    if not zeros:
+        del weights["m.zeros"]
+    return model_of(nodes, {"x": [2, 96]}, {f"z{i}": [2, 12 // parts] for i in range(parts)}, **weights)
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+@pytest.mark.parametrize("zeros", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_result_that_is_cut_is_a_product_for_each_part(
+    bits: int, zeros: bool, parts: int, program: Program, tmp_path: Path
+) -> None:
+    model = cut(bits, zeros, parts)
+    x = RANDOM.standard_normal((2, 96)).astype(np.float32)
+    before = [run(model, output=i, x=x) for i in range(parts)]
+    ir.save(model, tmp_path / "before.onnx")
+    for edit in (part_products, drop_unused):
+        edit(model, Context(program))
+    ir.save(model, tmp_path / "after.onnx")
+    assert Counter(operators(model)) == {"MatMulNBits": parts, "Relu": parts}
+    for i, expected in enumerate(before):
+        np.testing.assert_allclose(run(model, output=i, x=x), expected, rtol=1e-5, atol=1e-5)
+    stored, read = (read_matrices(tmp_path / name)["m"] for name in ("before.onnx", "after.onnx"))
+    assert (read.bits, read.block) == (bits, 32)
+    for part in ("codes", "scales", *(["zero_points"] if zeros else [])):
+        np.testing.assert_array_equal(getattr(read, part), getattr(stored, part))
+    assert zeros or read.zero_points is None
+
+
+def test_a_part_that_is_missing_is_no_whole_matrix(program: Program, tmp_path: Path) -> None:
+    model = cut(4, True, 3)
+    part_products(model, Context(program))
+    model.graph.outputs.pop()
+    model.graph.remove([model.graph[5], model.graph[2]], safe=True)
+    ir.save(model, tmp_path / "model.onnx")
+    assert read_matrices(tmp_path / "model.onnx")["m"].codes.shape[0] == 8
+
+
+def test_a_result_that_is_cut_otherwise_stays_whole(program: Program) -> None:
+    whole = cut(4, True, 2, axis=0)
+    read_twice = cut(4, True, 2)
+    read_twice.graph.append(ir.node("Relu", [read_twice.graph[0].outputs[0]]))
+    for model in (whole, read_twice):
+        part_products(model, Context(program))
+        assert operators(model)[:2] == ["MatMulNBits", "Split"]
 
 
 # --- set_accuracy_level ---------------------------------------------------------------------------------------------

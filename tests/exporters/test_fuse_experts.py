@@ -268,17 +268,17 @@ def test_one_changed_bit_is_found_in_its_own_matrix(
     assert changed == {f"each.0.experts.{part}.matrix"}
 
 
-def test_the_codes_are_written_once_for_all_forms(tmp_path: Path) -> None:
+def test_the_codes_are_written_once_for_both_fused_forms(tmp_path: Path) -> None:
     (module, program), translated, sizes = captured(Case()), {}, []
     with WeightFile(tmp_path / "layer.data", sizes.append) as weights:
-        for recipe in (EXACT, FAST, STANDARD):
+        for recipe in (EXACT, FAST):
             weights.adopt(lower(program, recipe, translated))
     codes, scales, zeros = (
         sum(getattr(matrix, part).nbytes for matrix in module.each[0].matrices())
         for part in ("codes", "scales", "zeros")
     )
-    # The standard form packs zero points across its rows, which gives other bytes; small tensors stand in the models.
-    assert codes + scales <= sum(sizes) <= codes + scales + 2 * zeros
+    # Small tensors stand in the models.
+    assert codes + scales <= sum(sizes) <= codes + scales + zeros
 
 
 def test_a_step_reads_the_chosen_experts(made: Callable[[str], Made]) -> None:
