@@ -237,7 +237,8 @@ def main() -> None:
     if options.output:
         versions = {name: metadata.version(name) for name in ("onnxruntime", "torch", "transformers", "diffusers")}
         report = {
-            "command": f"python -m tools.bench_peers BUNDLE --package DIR --threads {options.threads} --rounds {options.rounds}",
+            "command": f"python -m tools.bench_peers BUNDLE --package DIR --threads {options.threads} "
+            f"--rounds {options.rounds}",
             "date": time.strftime("%Y-%m-%d"),
             "student": f"{bundle.student.name} {bundle.student.version}",
             "machine": f"{cpu_model()}, {usable_cores()} cores, Python {platform.python_version()}",
