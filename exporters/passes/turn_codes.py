@@ -5,7 +5,8 @@ Result: MatMul(x, DequantizeLinear(codes' [K, N], scales' [nb, N], zeros' [nb, N
 
 That is the form which runtimes know: ONNX Runtime makes one product with the codes of it, and otherwise computes the
 whole matrix in floats for every token. With 0.5B and two cores a token takes 0.05 s, near the 0.04 s of the contrib
-operators, and not seconds; the process takes 1.4 GB and not 4.2 GB.
+operators, and not seconds; the process takes 1.4 GB and not 4.2 GB. Its sessions need the entry
+session.qdq_matmulnbits_accuracy_level = 1, as runtimes/onnxruntime_.py sets it: by default it rounds x to int8.
 """
 
 from __future__ import annotations
