@@ -117,7 +117,8 @@ def test_two_spellings_of_rope_that_contradict_are_refused(name: str, tmp_path: 
 def test_two_spellings_that_agree_are_taken(tmp_path: Path) -> None:
     write(CASES["llama-linear"], tmp_path)
     edited(tmp_path, lambda c: c.update(rope_theta=100.0, rope_scaling=dict(type="linear", factor=3.0)))
-    load_student(tmp_path)
+    held = load_student(tmp_path).config["rope_parameters"]
+    assert (held["rope_type"], held["rope_theta"], held["factor"]) == ("linear", 100.0, 3.0)
 
 
 def test_a_wrapper_around_a_decoder_says_where_it_is(tmp_path: Path) -> None:

@@ -33,9 +33,10 @@ def made(request: pytest.FixtureRequest, tiny_student: Path, tmp_path: Path) -> 
     return exported(tiny_student, "lm", JETSON, request.param).copied(tmp_path / "copy")
 
 
-def opened(made: Exported, tmp_path: Path) -> None:
+def opened(made: Exported, tmp_path: Path) -> np.ndarray:
+    """Logits of three tokens."""
     with open_session(made.bundle(tmp_path), made.artifact, 1) as session:
-        session.run({"ids": np.array([[1, 2, 3]], np.int32)})
+        return session.run({"ids": np.array([[1, 2, 3]], np.int32)})["logits"].copy()
 
 
 def edited(edit: Callable[[onnx.ModelProto], None]) -> Callable[[bytes], bytes]:
@@ -94,7 +95,8 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 
 
 def test_the_undamaged_copy_runs(made: Exported, tmp_path: Path) -> None:
-    opened(made, tmp_path)
+    logits = opened(made, tmp_path)
+    assert logits.shape == made.artifact.outputs[0].shape and np.isfinite(logits).all()
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
