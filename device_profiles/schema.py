@@ -25,6 +25,7 @@ FORMS: Mapping[str, tuple[str, ...]] = {
 }
 MODES = ("exact", "fast", "fp16")
 COMPUTE_UNITS = ("CPU_ONLY", "CPU_AND_GPU", "CPU_AND_NE", "ALL")
+FLOAT_TABLES = ("mapped", "packed")
 DTYPES = ("float32", "float16", "bfloat16", "int8", "int4", "fp8", "fp4")
 ARCHES = ("x86_64", "aarch64", "wasm32")
 SYSTEMS = ("linux", "macos", "windows", "ios", "android", "browser")
@@ -79,6 +80,11 @@ class Profile:
     stack: str | None = _key("what the vendor ships as one: JetPack, driver, browser", sourced=True)
     cuda_version: str | None = _key("CUDA toolkit of that stack", sourced=True)
     onnxruntime_version: str | None = _key("ONNX Runtime on the device", sourced=True)
+    float_tables: str | None = _key(
+        "float tables of a language model in ONNX Runtime: read where the file is mapped, in a third less memory and a "
+        "quarter of the load time, or packed at load, with which Intel decodes up to 5 % faster and AMD slower",
+        choices=FLOAT_TABLES,
+    )
     openvino_version: str | None = _key("OpenVINO on the device", sourced=True)
     openvino_device: str | None = _key("OpenVINO's name of the device to compile for, as in CPU, GPU or AUTO:NPU,CPU")
     tensorrt_version: str | None = _key("TensorRT on the device", sourced=True)

@@ -26,6 +26,7 @@ from exporters.onnx_lowering import translate
 from exporters.passes import model_passes
 from exporters.passes.context import ModelPass
 from exporters.passes.fuse_experts import fuse_experts, fuse_experts_fast, unread
+from exporters.passes.map_tables import map_tables
 from exporters.passes.spell_integers import INTEGER_PRODUCTS
 from exporters.program import Program
 from exporters.traffic import stored_precision
@@ -95,7 +96,7 @@ class OnnxExporter:
         folder.mkdir(parents=True, exist_ok=True)
         written, translated, weights = [], {}, None
         for form, mode in job.kinds:
-            recipe = for_runtime(FORMS[form, mode], job.profile.onnxruntime_version)
+            recipe = for_profile(FORMS[form, mode], job.profile)
             model = lower(program, recipe, translated)
             path = folder / f"{program.entry}.{form}.{mode}.onnx"
             data = folder / f"{program.entry}.data" if weights is None else path.with_suffix(".data")
@@ -117,6 +118,13 @@ class OnnxExporter:
     ) -> tuple[Artifact, Mapping[str, str]]:
         """See Exporter."""
         return onnx_observation.observe(folder, artifact, nodes, out)
+
+
+def for_profile(recipe: Form, profile: Profile) -> Form:
+    """The recipe without the passes that write what the device's ONNX Runtime may lack, or what it is to pack."""
+    recipe = for_runtime(recipe, profile.onnxruntime_version)
+    packed = profile.float_tables == "packed"
+    return replace(recipe, passes=tuple(edit for edit in recipe.passes if not (packed and edit is map_tables)))
 
 
 def for_runtime(recipe: Form, version: str | None) -> Form:

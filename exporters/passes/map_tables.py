@@ -7,6 +7,7 @@ Result: W among the graph's inputs
 An initializer that is an input, as its default value, is no constant to ONNX Runtime: it is not packed anew but read
 from the mapped file. For a table of [151936, 896] that is 563 MB of resident memory and 0.01 s of loading in the place
 of 1,107 MB and 0.48 s. Several rows are multiplied faster with a packed copy, which is made where no table is shared.
+One row is by up to 6 % on Intel and is slower on AMD, so that a profile can leave this pass out (`float_tables`).
 """
 
 from __future__ import annotations

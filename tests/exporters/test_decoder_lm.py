@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -115,6 +117,25 @@ def test_a_checkpoint_computes_what_transformers_computes(name: str, tmp_path: P
     assert fused["GroupQueryAttention"] == layers and standard["Attention"] == layers
     assert not {"Softmax", "Sin", "Cos", "ReduceMean", "Pow", "Where"} & set(fused)
     assert not {"GroupQueryAttention", "SkipSimplifiedLayerNormalization", "QuickGelu"} & set(standard)
+
+
+@pytest.mark.parametrize("tables", ["mapped", "packed"])
+@pytest.mark.parametrize("name", ["llama", "qwen2"])  # the head's own table; that of the embeddings
+def test_the_profile_says_whether_the_runtime_packs_float_tables(name: str, tables: str, tmp_path: Path) -> None:
+    kind, options = FAMILIES[name]
+    model = write_checkpoint(tmp_path / "checkpoint", kind, options)
+    program = capture_lm(load_student(tmp_path / "checkpoint"), CAPACITY)
+    profile = replace(load_profile("host"), float_tables=tables)
+    [artifact] = OnnxExporter().export(Job(program, profile, tmp_path, [("fused", "exact")]))
+    graph = onnx.load(tmp_path / artifact.model, load_external_data=False).graph
+    # A table that could be replaced by a feed is no constant to ONNX Runtime, which packs constants.
+    replaceable = {value.name for value in graph.input} & {tensor.name for tensor in graph.initializer}
+    assert len(replaceable) == {"mapped": 1, "packed": 0}[tables]
+    ids = np.random.default_rng(0).integers(0, VOCAB, (1, sum(CHUNKS))).astype(np.int32)
+    with torch.no_grad():
+        logits = model(torch.from_numpy(ids).long(), use_cache=False).logits[0].numpy()
+    expected = logits[np.cumsum(CHUNKS) - 1]
+    assert np.abs(chunked(artifact, tmp_path, ids) - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
 def test_the_window_is_smaller_than_what_is_compared(tmp_path: Path) -> None:
