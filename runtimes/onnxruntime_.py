@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from runtimes.errors import RUN_AGAIN, Fault
+from runtimes.huge_pages import huge_pages
 from runtimes.session import Array, CheckedSession, Limits, OutOfDeviceMemory, limits_of
 
 if TYPE_CHECKING:
@@ -68,7 +69,8 @@ class OnnxRuntimeSession(CheckedSession):
             "session.qdq_matmulnbits_accuracy_level", "4" if artifact.mode == "fast" else "1"
         )
         where = f"{artifact.component} ({artifact.label})"
-        with translated(where, loading=True), _attention_kernel(artifact):
+        size = sum(bundle.file(name).stat().st_size for name in artifact.files)
+        with translated(where, loading=True), _attention_kernel(artifact), huge_pages(size):
             session = onnxruntime.InferenceSession(str(bundle.file(artifact.model)), options, providers=_PROVIDERS)
         return cls(session, artifact, limits_of(bundle, artifact), timing=timing)
 
