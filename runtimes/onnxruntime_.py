@@ -69,7 +69,8 @@ class OnnxRuntimeSession(CheckedSession):
             "session.qdq_matmulnbits_accuracy_level", "4" if artifact.mode == "fast" else "1"
         )
         where = f"{artifact.component} ({artifact.label})"
-        size = sum(bundle.file(name).stat().st_size for name in artifact.files)
+        paths = [bundle.file(name) for name in artifact.files]
+        size = sum(path.stat().st_size for path in paths if path.is_file())  # the loader tells of one that is missing
         with translated(where, loading=True), _attention_kernel(artifact), huge_pages(size):
             session = onnxruntime.InferenceSession(str(bundle.file(artifact.model)), options, providers=_PROVIDERS)
         return cls(session, artifact, limits_of(bundle, artifact), timing=timing)
