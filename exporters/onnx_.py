@@ -123,8 +123,9 @@ class OnnxExporter:
 def for_profile(recipe: Form, profile: Profile) -> Form:
     """The recipe without the passes that write what the device's ONNX Runtime may lack, or what it is to pack."""
     recipe = for_runtime(recipe, profile.onnxruntime_version)
-    packed = profile.float_tables == "packed"
-    return replace(recipe, passes=tuple(edit for edit in recipe.passes if not (packed and edit is map_tables)))
+    if profile.float_tables == "packed":
+        recipe = replace(recipe, passes=tuple(edit for edit in recipe.passes if edit is not map_tables))
+    return recipe
 
 
 def for_runtime(recipe: Form, version: str | None) -> Form:

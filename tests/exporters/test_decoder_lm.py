@@ -82,6 +82,14 @@ def export(student: Student, folder: Path) -> dict[str, Artifact]:
     return {artifact.form: artifact for artifact in OnnxExporter().export(job)}
 
 
+def computed(model: torch.nn.Module) -> tuple[np.ndarray, np.ndarray]:
+    """Random ids int32 [1, tokens], and transformers' own logits [len(CHUNKS), V] after each chunk of them."""
+    ids = np.random.default_rng(0).integers(0, VOCAB, (1, sum(CHUNKS))).astype(np.int32)
+    with torch.no_grad():
+        logits = model(torch.from_numpy(ids).long(), use_cache=False).logits[0].numpy()
+    return ids, logits[np.cumsum(CHUNKS) - 1]
+
+
 def chunked(artifact: Artifact, folder: Path, ids: np.ndarray) -> np.ndarray:
     """Logits [len(CHUNKS), V] after each chunk."""
     options = onnxruntime.SessionOptions()
@@ -100,10 +108,7 @@ def chunked(artifact: Artifact, folder: Path, ids: np.ndarray) -> np.ndarray:
 def test_a_checkpoint_computes_what_transformers_computes(name: str, tmp_path: Path) -> None:
     kind, options = FAMILIES[name]
     model = write_checkpoint(tmp_path / "checkpoint", kind, options)
-    ids = np.random.default_rng(0).integers(0, VOCAB, (1, sum(CHUNKS))).astype(np.int32)
-    with torch.no_grad():
-        logits = model(torch.from_numpy(ids).long(), use_cache=False).logits[0].numpy()
-    expected = logits[np.cumsum(CHUNKS) - 1]
+    ids, expected = computed(model)
     assert np.abs(expected).max() > 1
 
     student = load_student(tmp_path / "checkpoint")
@@ -131,10 +136,7 @@ def test_the_profile_says_whether_the_runtime_packs_float_tables(name: str, tabl
     # A table that could be replaced by a feed is no constant to ONNX Runtime, which packs constants.
     replaceable = {value.name for value in graph.input} & {tensor.name for tensor in graph.initializer}
     assert len(replaceable) == {"mapped": 1, "packed": 0}[tables]
-    ids = np.random.default_rng(0).integers(0, VOCAB, (1, sum(CHUNKS))).astype(np.int32)
-    with torch.no_grad():
-        logits = model(torch.from_numpy(ids).long(), use_cache=False).logits[0].numpy()
-    expected = logits[np.cumsum(CHUNKS) - 1]
+    ids, expected = computed(model)
     assert np.abs(chunked(artifact, tmp_path, ids) - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
