@@ -81,8 +81,8 @@ class Profile:
     cuda_version: str | None = _key("CUDA toolkit of that stack", sourced=True)
     onnxruntime_version: str | None = _key("ONNX Runtime on the device", sourced=True)
     float_tables: str | None = _key(
-        "float tables of a language model in ONNX Runtime: read where the file is mapped, in a third less memory and a "
-        "quarter of the load time, or packed at load, with which Intel decodes up to 5 % faster and AMD slower",
+        "float tables of a language model in ONNX Runtime: read where the file is mapped, loaded in a quarter of the "
+        "time and a third less memory, or packed at load, with which Intel decodes up to 5 % faster and AMD slower",
         choices=FLOAT_TABLES,
     )
     openvino_version: str | None = _key("OpenVINO on the device", sourced=True)

@@ -26,7 +26,6 @@ from exporters.onnx_lowering import translate
 from exporters.passes import model_passes
 from exporters.passes.context import ModelPass
 from exporters.passes.fuse_experts import fuse_experts, fuse_experts_fast, unread
-from exporters.passes.map_tables import map_tables
 from exporters.passes.spell_integers import INTEGER_PRODUCTS
 from exporters.program import Program
 from exporters.traffic import stored_precision
@@ -124,7 +123,7 @@ def for_profile(recipe: Form, profile: Profile) -> Form:
     """The recipe without the passes that write what the device's ONNX Runtime may lack, or what it is to pack."""
     recipe = for_runtime(recipe, profile.onnxruntime_version)
     if profile.float_tables == "packed":
-        recipe = replace(recipe, passes=tuple(edit for edit in recipe.passes if edit is not map_tables))
+        recipe = replace(recipe, passes=tuple(edit for edit in recipe.passes if edit not in model_passes.MAPPED_TABLES))
     return recipe
 
 

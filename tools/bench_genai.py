@@ -12,8 +12,8 @@ head's product for the newest token alone is on, as ours does that; otherwise it
 Each export is a process of its own, whose CPU time and peak memory the system counts. Then each contender loads its
 model in a process of its own, and in every round has its turn while the others wait. Who goes first changes with
 every round, and a turn starts when the threads of the last one have stopped spinning. The rounds are spread over
-several such pairs of processes. Figures are medians over the rounds, of two of which the ratio is taken. Peak memory
-is a runtime's whole process, mapped weights included.
+several such pairs of processes. Figures are medians over the rounds, of two of which the ratio is taken. Memory is of
+a runtime's whole process, mapped weights included: the most that it held, and what it holds behind the last round.
 """
 
 from __future__ import annotations
@@ -237,11 +237,12 @@ CONTENDERS = {"ours": Ours, "peer": Peer}
 
 
 def contend(kind: str, folder: Path, mode: str, threads: int, vocabulary: int) -> None:
-    """A contender's process: loads, and answers "prefill N" and "decode N" with seconds, "peak" with bytes."""
+    """A contender's process: loads, answers "prefill N" and "decode N" with seconds, "peak" and "held" with bytes."""
     import numpy as np
 
-    from runtimes.host import peak_rss_bytes
+    from runtimes.host import peak_rss_bytes, rss_bytes
 
+    memory = {"peak": peak_rss_bytes, "held": rss_bytes}
     rows = np.random.default_rng(0).integers(0, vocabulary - 8, (1, CAPACITY)).astype(np.int32)
     __import__("onnxruntime_genai" if kind == "peer" else "onnxruntime")
     start = time.perf_counter()
@@ -249,10 +250,10 @@ def contend(kind: str, folder: Path, mode: str, threads: int, vocabulary: int) -
     print(json.dumps(time.perf_counter() - start), flush=True)
     for line in sys.stdin:
         what, count = line.split()
-        contender.start()
-        if what == "peak":
-            print(json.dumps(peak_rss_bytes()), flush=True)
+        if what in memory:
+            print(json.dumps(memory[what]()), flush=True)
             continue
+        contender.start()
         start = time.perf_counter()
         contender.prefill(rows[:, : int(count) if what == "prefill" else PROMPT])
         if what == "decode":
@@ -321,6 +322,7 @@ def race(ours: Path, peer: Path, pair: Pair, vocabulary: int, threads: int, roun
                         note(f"{name}, tokens/s", kind, rate)
         for kind, contender in racing.items():
             note("peak memory, bytes", kind, contender.ask("peak"))
+            note("held memory, bytes", kind, contender.ask("held"))
             contender.close()
     return {
         figure: {kind: statistics.median(values) for kind, values in row.items()} for figure, row in figures.items()

@@ -100,6 +100,7 @@ def sizes_table(measured: Mapping[str, Any]) -> str:
         "written_bytes": ("export, size", "{:.2f} GB"),
         "load, s": ("load", "{:.2f} s"),
         "peak memory, bytes": ("run, peak memory", "{:.2f} GB"),
+        "held memory, bytes": ("run, memory held behind it", "{:.2f} GB"),
     }
     lines = [("weights", "figure", "edge-export", "ONNX Runtime GenAI", "times as good")]
     exports = {

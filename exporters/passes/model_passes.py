@@ -24,6 +24,7 @@ from exporters.passes.transpose_tables import transpose_tables
 from exporters.passes.transpose_weights import transpose_weights
 from exporters.passes.turn_codes import turn_codes
 from exporters.passes.type_codes import type_codes
+from exporters.passes.untie_tables import untie_tables
 from exporters.tensorrt_functions import add_functions
 
 _ALL = (
@@ -40,6 +41,8 @@ _FLOAT_PRODUCTS = (
     spell_gemms,  # Gemm -> FusedMatMul
     map_tables,  # float tables -> read where their file is mapped
 )
+#: What `float_tables` of a profile asks to be left out, so that ONNX Runtime packs a table of floats as it does others.
+MAPPED_TABLES = (transpose_tables, map_tables)
 
 #: For ONNX Runtime, float32 activations.
 FUSED = (
@@ -48,6 +51,7 @@ FUSED = (
     spell_integers,  # rounded inputs of 8-bit matrices -> integer products
     *_FLOAT_PRODUCTS,
     split_bytes,  # 8-bit matrices -> two 4-bit planes, for which there is a kernel
+    untie_tables,  # tables that are packed -> another name for their look-ups
 )
 #: For ONNX Runtime, int8 activations in the quantised products.
 FUSED_FAST = (
@@ -57,6 +61,7 @@ FUSED_FAST = (
     *_FLOAT_PRODUCTS,
     part_products,  # a result that is cut into equal parts -> a product for each
     drop_unused,  # the matrices as they were joined
+    untie_tables,
     set_fast_accuracy,  # the products' own choice of int8 activations
 )
 #: For TensorRT's parser: explicit types, and functions in the place of what ONNX has no operator for.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,11 @@ def test_the_profile_says_whether_the_runtime_packs_float_tables(name: str, tabl
     # A table that could be replaced by a feed is no constant to ONNX Runtime, which packs constants.
     replaceable = {value.name for value in graph.input} & {tensor.name for tensor in graph.initializer}
     assert len(replaceable) == {"mapped": 1, "packed": 0}[tables]
+    # One that it packs is let go of where nothing else reads it.
+    readers = Counter(name for node in graph.node for name in node.input)
+    factors = {node.input[1] for node in graph.node if node.op_type in ("MatMul", "FusedMatMul")}
+    packed = factors & {tensor.name for tensor in graph.initializer} - replaceable
+    assert packed and {readers[name] for name in packed} == {1}
     ids, expected = computed(model)
     assert np.abs(chunked(artifact, tmp_path, ids) - expected).max() <= 1e-5 * np.abs(expected).max()
 

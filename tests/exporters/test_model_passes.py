@@ -11,6 +11,7 @@ import onnx_ir as ir
 import pytest
 from onnx import helper
 
+from exporters.external_data import THRESHOLD, WeightFile
 from exporters.onnx_ import FORMS, lower
 from exporters.passes.attach_weights import attach_weights
 from exporters.passes.context import Context
@@ -20,6 +21,7 @@ from exporters.passes.settle_reshapes import settle_reshapes
 from exporters.passes.spell_gemms import spell_gemms
 from exporters.passes.transpose_tables import transpose_tables
 from exporters.passes.transpose_weights import transpose_weights
+from exporters.passes.untie_tables import ROWS, untie_tables
 from exporters.program import Constant, Program
 from tests.exporters.small_models import RANDOM, layer_program, model_of, operators, run
 
@@ -125,6 +127,47 @@ def test_a_table_with_another_reader_keeps_its_layout(program: Program) -> None:
     transpose_tables(model, Context(program))
     assert operators(model)[:2] == ["Gemm", "Gather"]
     np.testing.assert_array_equal(model.graph.initializers["W"].const_value.numpy(), weights["W"])
+
+
+# --- untie_tables ---------------------------------------------------------------------------------------------------
+
+
+def tied(gathers: int) -> tuple[ir.Model, np.ndarray]:
+    """A product and look-ups with one table that is large enough to stand in a file."""
+    table = RANDOM.random((16, 6), np.float32)
+    assert table.nbytes > THRESHOLD
+    names = [f"z{i}" for i in range(gathers)]
+    nodes = [
+        helper.make_node("Gemm", ["x", "W"], ["y"], transB=1),
+        *(helper.make_node("Gather", ["W", "at"], [name]) for name in names),
+    ]
+    outputs: dict[str, list[int | str]] = {"y": [2, 16]} | {name: [3, 6] for name in names}
+    return model_of(nodes, {"x": [2, 6]}, outputs, W=table, at=np.array([4, 0, 15])), table
+
+
+@pytest.mark.parametrize("gathers", [1, 2])
+def test_the_look_ups_of_a_packed_table_read_the_same_place_by_another_name(
+    gathers: int, program: Program, tmp_path: Path
+) -> None:
+    model, table = tied(gathers)
+    untie_tables(model, Context(program))
+    assert [node.inputs[int(node.op_type == "Gemm")].name for node in model.graph] == ["W", *["W" + ROWS] * gathers]
+    x = RANDOM.random((2, 6), np.float32)
+    np.testing.assert_allclose(run(model, x=x), x @ table.T, rtol=1e-6)
+    np.testing.assert_array_equal(run(model, output=gathers, x=x), table[[4, 0, 15]])
+    with WeightFile(tmp_path / "weights") as file:
+        file.adopt(model)
+    assert (tmp_path / "weights").stat().st_size == table.nbytes
+    np.testing.assert_array_equal(model.graph.initializers["W" + ROWS].const_value.numpy(), table)
+
+
+@pytest.mark.parametrize("gathers", [0, 1])
+def test_a_table_that_is_not_tied_or_not_packed_keeps_its_name(gathers: int, program: Program) -> None:
+    model, _ = tied(gathers)
+    if gathers:
+        model.graph.inputs.append(model.graph.initializers["W"])
+    untie_tables(model, Context(program))
+    assert "W" + ROWS not in model.graph.initializers
 
 
 # --- the small ones -------------------------------------------------------------------------------------------------
