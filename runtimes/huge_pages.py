@@ -3,8 +3,8 @@
 A decode step reads every weight once, so it is as fast as memory is, and that depends on where a process's 4 KiB pages
 lie: a 4-bit model of 0.5B that was opened several times decoded with 62 to 67 tokens/s, and with 66 to 67 in huge
 pages (Intel, two cores). The C library could be told to ask for them, but only before the process starts, and finding
-them would then be part of loading: up to 2 s where memory is fragmented. Here a thread in the background does it behind
-the loading.
+them would then be part of loading: up to 2 s where memory is fragmented. Here a thread in the background does it,
+a while behind the loading: moving holds back whoever maps memory, such as the next model that is opened.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from runtimes.host import read_text
@@ -24,24 +23,40 @@ _SYSTEM = Path("/sys/kernel/mm/transparent_hugepage")
 LEAST = 64 << 20
 #: Bytes of one call, which holds back whoever maps memory meanwhile.
 _STEP = 16 << 20
-THREAD = "huge pages"
+#: Seconds between the end of loading and the moving.
+DELAY = 1.0
 
 Block = tuple[int, int]
 
 
-@contextmanager
-def huge_pages(size: int) -> Iterator[None]:
-    """Private memory that is mapped within is moved into huge pages behind it, where the system lets a process do so.
+class HugePages:
+    """Moves the private memory that is mapped until `loaded` into huge pages, where the system lets a process do so.
 
     Args:
-        size: bytes of the weights that are loaded within; nothing is done below `LEAST`.
+        size: bytes of the weights that are to be loaded; nothing is done below `LEAST`.
     """
-    page = _page_bytes() if size >= LEAST else 0
-    before = _blocks() if page else []
-    yield
-    if page:
-        new = _without(_blocks(), before)
-        threading.Thread(target=_collapse, args=(new, page), name=THREAD, daemon=True).start()
+
+    def __init__(self, size: int) -> None:
+        self._page = _page_bytes() if size >= LEAST else 0
+        self._before = _blocks() if self._page else []
+        self._timer: threading.Timer | None = None
+
+    def loaded(self) -> None:
+        """What is new by now is moved in a thread of its own, `DELAY` seconds later."""
+        if self._page:
+            self._timer = threading.Timer(DELAY, _collapse, (_without(_blocks(), self._before), self._page))
+            self._timer.daemon = True
+            self._timer.start()
+
+    def wait(self) -> None:
+        """Until it is done."""
+        if self._timer is not None:
+            self._timer.join()
+
+    def cancel(self) -> None:
+        """The memory is about to be given back: what was not begun is not done."""
+        if self._timer is not None:
+            self._timer.cancel()
 
 
 def _page_bytes() -> int:

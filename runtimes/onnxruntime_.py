@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from runtimes.errors import RUN_AGAIN, Fault
-from runtimes.huge_pages import huge_pages
+from runtimes.huge_pages import HugePages
 from runtimes.session import Array, CheckedSession, Limits, OutOfDeviceMemory, limits_of
 
 if TYPE_CHECKING:
@@ -41,11 +41,14 @@ class IncompatibleModel(Fault):
 
 
 class OnnxRuntimeSession(CheckedSession):
-    """One ONNX model on the CPU. Use `open`; the arguments are those of CheckedSession and a loaded session."""
+    """One ONNX model on the CPU. Use `open`; the arguments are those of CheckedSession, a loaded session, its pages."""
 
-    def __init__(self, session: Any, artifact: Artifact, limits: Limits, *, timing: bool = False) -> None:
+    def __init__(
+        self, session: Any, artifact: Artifact, limits: Limits, pages: HugePages | None = None, *, timing: bool = False
+    ) -> None:
         super().__init__(artifact, limits, timing=timing)
         self._session = session
+        self._pages = pages or HugePages(0)
         self._outputs = [spec.name for spec in artifact.outputs]
         self._states: list[tuple[str, str, Any]] = []
         if artifact.states:
@@ -71,9 +74,11 @@ class OnnxRuntimeSession(CheckedSession):
         where = f"{artifact.component} ({artifact.label})"
         paths = [bundle.file(name) for name in artifact.files]
         size = sum(path.stat().st_size for path in paths if path.is_file())  # the loader tells of one that is missing
-        with translated(where, loading=True), _attention_kernel(artifact), huge_pages(size):
+        pages = HugePages(size)
+        with translated(where, loading=True), _attention_kernel(artifact):
             session = onnxruntime.InferenceSession(str(bundle.file(artifact.model)), options, providers=_PROVIDERS)
-        return cls(session, artifact, limits_of(bundle, artifact), timing=timing)
+        pages.loaded()
+        return cls(session, artifact, limits_of(bundle, artifact), pages, timing=timing)
 
     def _bind_states(self) -> None:
         import onnxruntime
@@ -151,6 +156,7 @@ class OnnxRuntimeSession(CheckedSession):
         """Nothing to clear: slots beyond the position are never read, and a position's slot is written before use."""
 
     def _close(self) -> None:
+        self._pages.cancel()
         self._session = None
         self._states = []
         self._decode = None

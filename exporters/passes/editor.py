@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from exporters.passes.initializers import add_initializer
+from exporters.passes.initializers import shared_initializer
 
 
 class Editor:
@@ -37,8 +37,7 @@ class Editor:
         """A small initializer, shared by all who ask for the same values."""
         flat = "_".join(str(value).replace("-", "m").replace(".", "p") for value in values.ravel().tolist())
         name = f"constant_{values.dtype}_{'x'.join(map(str, values.shape))}_{flat}"
-        held = self._model.graph.initializers.get(name)
-        return held or add_initializer(self._model, ir.Tensor(values, name=name))
+        return shared_initializer(self._model, ir.Tensor(values, name=name))
 
     def cast(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
         """``value`` in ``dtype``; itself where it has it."""

@@ -1,4 +1,4 @@
-"""What the model passes share: adding an initializer."""
+"""What the model passes share: initializers, each made when it is first asked for."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from exporters.encodings import values
 TABLE = ".table"
 
 
-def add_initializer(model: ir.Model, tensor: ir.TensorProtocol) -> ir.Value:
-    """Registers ``tensor``, which may be lazy, under its own name; returns the value that nodes can read."""
+def shared_initializer(model: ir.Model, tensor: ir.TensorProtocol) -> ir.Value:
+    """The initializer of the name of ``tensor``, which may be lazy: the one that is there, or one made of it."""
+    if tensor.name in model.graph.initializers:
+        return model.graph.initializers[tensor.name]
     value = ir.Value(
         name=tensor.name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
     )
@@ -26,14 +28,12 @@ def add_initializer(model: ir.Model, tensor: ir.TensorProtocol) -> ir.Value:
 def lazy_initializer(
     model: ir.Model, name: str, dtype: ir.DataType, shape: tuple[int, ...], load: Callable[[], np.ndarray]
 ) -> ir.Value:
-    """The initializer ``name``, made when it is first asked for; ``load`` runs when the model is written.
+    """The initializer ``name``, whose ``load`` runs when the model is written.
 
     Values of a 4-bit type come as one element a byte and are packed here.
     """
-    if name in model.graph.initializers:
-        return model.graph.initializers[name]
     tensor = ir.LazyTensor(partial(_loaded, load, dtype, name), dtype=dtype, shape=ir.Shape(shape), name=name)
-    return add_initializer(model, tensor)
+    return shared_initializer(model, tensor)
 
 
 def value_table(model: ir.Model, encoding: str) -> ir.Value:

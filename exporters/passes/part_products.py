@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from exporters.external_data import PIECE, SOURCE
 from exporters.passes.context import Context
-from exporters.passes.initializers import add_initializer
+from exporters.passes.initializers import shared_initializer
 
 #: What the name of a part's tensors ends in.
 PART = re.compile(r"\.part(\d+)$")
@@ -67,14 +67,12 @@ def _multiply(model: ir.Model, split: ir.Node, product: ir.Node, output: ir.Valu
 def _part(model: ir.Model, value: ir.Value, index: int, count: int) -> ir.Value:
     """Rows of an initializer, which is loaded when it is written."""
     name, tensor = f"{value.name}.part{index}", value.const_value
-    if name in model.graph.initializers:
-        return model.graph.initializers[name]
     rows = tensor.shape[0] // count
     load = partial(_rows, tensor, slice(index * rows, (index + 1) * rows), name)
     part = ir.LazyTensor(load, dtype=tensor.dtype, shape=ir.Shape([rows, *tensor.shape[1:]]), name=name)
     if SOURCE in tensor.meta:
         part.meta[PIECE] = tensor.meta[SOURCE], index
-    return add_initializer(model, part)
+    return shared_initializer(model, part)
 
 
 def _rows(tensor: ir.TensorProtocol, rows: slice, name: str) -> ir.Tensor:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from exporters.passes.context import Context
-from exporters.passes.initializers import add_initializer
+from exporters.passes.initializers import shared_initializer
 
 
 def settle_reshapes(model: ir.Model, context: Context) -> None:
@@ -32,7 +32,4 @@ def settle_reshapes(model: ir.Model, context: Context) -> None:
 def _constant(model: ir.Model, target: list[int]) -> ir.Value:
     """The initializer of that target, shared by all reshapes to it."""
     name = "shape_" + "_".join(str(size).replace("-1", "free") for size in target)
-    if name not in model.graph.initializers:
-        tensor = ir.Tensor(np.array(target, np.int64), name=name)
-        return add_initializer(model, tensor)
-    return model.graph.initializers[name]
+    return shared_initializer(model, ir.Tensor(np.array(target, np.int64), name=name))

@@ -25,7 +25,7 @@ from exporters.ops import BUILD
 from exporters.passes.context import Context
 from exporters.passes.drop_unused import drop_unused
 from exporters.passes.editor import Editor
-from exporters.passes.initializers import add_initializer, lazy_initializer, value_table
+from exporters.passes.initializers import lazy_initializer, shared_initializer, value_table
 
 #: What is appended to a matrix's name for its codes and its scales.
 CODES, SCALES = ".coded", ".coded_scales"
@@ -85,7 +85,7 @@ class Spelling:
         whole = _uniform(self.scales)  # one scale a row stands there once, and the columns end where they end
         length = self.columns if whole else self.padded
         name = self.prefix + CODES
-        codes = self.model.graph.initializers.get(name) or add_initializer(
+        codes = shared_initializer(
             self.model,
             ir.LazyTensor(
                 partial(_typed, self.codes, TYPES[self.encoding], length, name),

@@ -12,7 +12,6 @@ thread: 294 us against 60 us). With int8 activations it has both kernels, so the
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -20,7 +19,7 @@ import onnx_ir as ir
 
 from exporters.blocks import pack_bits
 from exporters.passes.context import Context
-from exporters.passes.initializers import add_initializer
+from exporters.passes.initializers import lazy_initializer
 
 #: What the names of the parts of a split matrix end in.
 SUFFIX = ".split"
@@ -52,18 +51,11 @@ def _split(model: ir.Model, node: ir.Node, columns: int) -> None:
     prefix = codes.name.removesuffix("codes")
     for index, (part, (old, shape, load)) in enumerate(zip(("codes", "scales", "zeros"), tensors, strict=True), 1):
         dtype = scales.dtype if part == "scales" else ir.DataType.UINT8
-        node.replace_input_with(index, _initializer(model, f"{prefix}{part}{SUFFIX}", dtype, shape, load))
+        node.replace_input_with(index, lazy_initializer(model, f"{prefix}{part}{SUFFIX}", dtype, shape, load))
         if old is not None and not old.uses():
             del model.graph.initializers[old.name]
     node.attributes["bits"] = ir.AttrInt64("bits", 4)
     node.attributes["K"] = ir.AttrInt64("K", 2 * columns)
-
-
-def _initializer(
-    model: ir.Model, name: str, dtype: ir.DataType, shape: tuple[int, ...], load: Callable[[], np.ndarray]
-) -> ir.Value:
-    tensor = ir.LazyTensor(lambda: ir.Tensor(load(), name=name), dtype=dtype, shape=ir.Shape(shape), name=name)
-    return add_initializer(model, tensor)
 
 
 def _codes(codes: ir.TensorProtocol) -> np.ndarray:

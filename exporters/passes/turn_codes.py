@@ -14,7 +14,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from exporters.passes.context import Context
-from exporters.passes.initializers import add_initializer
+from exporters.passes.initializers import shared_initializer
 from exporters.passes.transpose_weights import transpose, transposed
 
 #: What the name of the transposed copy ends in, where something else reads the values as they were.
@@ -42,6 +42,4 @@ def _turned(model: ir.Model, value: ir.Value) -> ir.Value:
     if len(value.uses()) == 1:
         transpose(value, (1, 0))
         return value
-    name = f"{value.name}{TURNED}"
-    held = model.graph.initializers.get(name)
-    return held or add_initializer(model, transposed(value.const_value, (1, 0), name))
+    return shared_initializer(model, transposed(value.const_value, (1, 0), f"{value.name}{TURNED}"))

@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from exporters.blocks import pack_bits, unpack_bits
 from exporters.passes.context import Context
-from exporters.passes.initializers import add_initializer
+from exporters.passes.initializers import shared_initializer
 
 #: bits of a code -> its type: opset 24 has none of 2 bits
 TYPES = {2: ir.DataType.UINT4, 4: ir.DataType.UINT4, 8: ir.DataType.UINT8}
@@ -43,11 +43,9 @@ def type_codes(model: ir.Model, context: Context) -> None:
 def _initializer(
     model: ir.Model, name: str, load: Callable[[], np.ndarray], bits: int, shape: tuple[int, int]
 ) -> ir.Value:
-    if name in model.graph.initializers:
-        return model.graph.initializers[name]
     dtype = TYPES[bits]
     tensor = ir.LazyTensor(partial(_packed, load, dtype, shape, name), dtype=dtype, shape=ir.Shape(shape), name=name)
-    return add_initializer(model, tensor)
+    return shared_initializer(model, tensor)
 
 
 def _packed(load: Callable[[], np.ndarray], dtype: ir.DataType, shape: tuple[int, int], name: str) -> ir.TensorProtocol:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from exporters.passes.context import Context
-from exporters.passes.initializers import add_initializer
+from exporters.passes.initializers import shared_initializer
 
 #: What the name of a table that is looked up alone ends in.
 ROWS = ".rows"
@@ -27,7 +27,7 @@ def untie_tables(model: ir.Model, context: Context) -> None:
         lookups = [use.node for use in uses if use.node.op_type == "Gather" and use.idx == 0]
         packed = any(use.node.op_type in _PACKING for use in uses) and weight not in model.graph.inputs
         if packed and lookups:
-            rows = add_initializer(model, _named(weight.const_value, weight.name + ROWS))
+            rows = shared_initializer(model, _named(weight.const_value, weight.name + ROWS))
             for node in lookups:
                 node.replace_input_with(0, rows)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtimes.huge_pages import LEAST, THREAD, Block, _page_bytes, _without, huge_pages
+from runtimes.huge_pages import LEAST, Block, HugePages, _page_bytes, _without
 
 SIZE = 8 << 20
 
@@ -34,14 +34,6 @@ def mapped() -> np.ndarray:
     return values
 
 
-def wait() -> int:
-    """Until the threads of the background are done; returns how many there were."""
-    threads = [thread for thread in threading.enumerate() if thread.name == THREAD]
-    for thread in threads:
-        thread.join(60)
-    return len(threads)
-
-
 def has_collapse() -> bool:
     release = re.match(r"(\d+)\.(\d+)", platform.release())
     known = platform.system() == "Linux" and release is not None and (int(release[1]), int(release[2])) >= (6, 1)
@@ -51,27 +43,36 @@ def has_collapse() -> bool:
 @pytest.mark.skipif(not has_collapse(), reason="this system's kernel has no MADV_COLLAPSE, or huge pages are off")
 def test_what_is_mapped_within_is_moved_and_keeps_its_contents() -> None:
     older = mapped()
-    with huge_pages(LEAST):
-        values = mapped()
-    wait()
+    pages = HugePages(LEAST)
+    values = mapped()
+    before = huge_bytes(values.ctypes.data + SIZE // 2)
+    pages.loaded()
+    assert huge_bytes(values.ctypes.data + SIZE // 2) == before  # whoever loads the next model is not held back
+    pages.wait()
     middle = values.ctypes.data + SIZE // 2
     assert huge_bytes(middle) >= SIZE // 2
     np.testing.assert_array_equal(values, np.arange(values.size))
     np.testing.assert_array_equal(older, values)
 
 
+@pytest.mark.skipif(not has_collapse(), reason="this system's kernel has no MADV_COLLAPSE, or huge pages are off")
+def test_what_is_given_back_is_not_moved() -> None:
+    pages = HugePages(LEAST)
+    values = mapped()
+    before = huge_bytes(values.ctypes.data + SIZE // 2)
+    pages.loaded()
+    pages.cancel()
+    pages.wait()
+    assert huge_bytes(values.ctypes.data + SIZE // 2) == before
+
+
 def test_a_small_model_starts_no_thread() -> None:
-    wait()
-    with huge_pages(LEAST - 1):
-        pass
-    assert wait() == 0
-
-
-def test_a_failed_load_is_not_followed_by_anything() -> None:
-    wait()
-    with pytest.raises(KeyError), huge_pages(LEAST):
-        raise KeyError
-    assert wait() == 0
+    before = threading.active_count()
+    pages = HugePages(LEAST - 1)
+    pages.loaded()
+    assert threading.active_count() == before
+    pages.wait()
+    pages.cancel()
 
 
 @pytest.mark.parametrize(
