@@ -27,6 +27,7 @@ from exporters.passes import model_passes
 from exporters.passes.context import ModelPass
 from exporters.passes.fuse_experts import fuse_experts, fuse_experts_fast, unread
 from exporters.passes.spell_integers import INTEGER_PRODUCTS
+from exporters.passes.untie_tables import untie_tables
 from exporters.program import Program
 from exporters.traffic import stored_precision
 from runtimes.bundle import Artifact
@@ -121,10 +122,11 @@ class OnnxExporter:
 
 def for_profile(recipe: Form, profile: Profile) -> Form:
     """The recipe without the passes that write what the device's ONNX Runtime may lack, or what it is to pack."""
+    left_out: tuple[ModelPass, ...] = model_passes.MAPPED_TABLES if profile.float_tables == "packed" else ()
+    if profile.os == "browser":  # has no mapped files: a second name would be a second copy
+        left_out += (untie_tables,)
     recipe = for_runtime(recipe, profile.onnxruntime_version)
-    if profile.float_tables == "packed":
-        recipe = replace(recipe, passes=tuple(edit for edit in recipe.passes if edit not in model_passes.MAPPED_TABLES))
-    return recipe
+    return replace(recipe, passes=tuple(edit for edit in recipe.passes if edit not in left_out))
 
 
 def for_runtime(recipe: Form, version: str | None) -> Form:

@@ -11,8 +11,9 @@ import onnx_ir as ir
 import pytest
 from onnx import helper
 
+from device_profiles import load_profile
 from exporters.external_data import THRESHOLD, WeightFile
-from exporters.onnx_ import FORMS, lower
+from exporters.onnx_ import FORMS, for_profile, lower
 from exporters.passes.attach_weights import attach_weights
 from exporters.passes.context import Context
 from exporters.passes.map_tables import map_tables
@@ -168,6 +169,13 @@ def test_a_table_that_is_not_tied_or_not_packed_keeps_its_name(gathers: int, pro
         model.graph.inputs.append(model.graph.initializers["W"])
     untie_tables(model, Context(program))
     assert "W" + ROWS not in model.graph.initializers
+
+
+@pytest.mark.parametrize(("profile", "untied"), [("host", True), ("browser-wasm", False)])
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+def test_where_no_file_is_mapped_a_table_is_not_copied(mode: str, profile: str, untied: bool) -> None:
+    recipe = for_profile(FORMS["fused", mode], load_profile(profile))
+    assert (untie_tables in recipe.passes) == untied
 
 
 # --- the small ones -------------------------------------------------------------------------------------------------
