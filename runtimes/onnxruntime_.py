@@ -41,14 +41,12 @@ class IncompatibleModel(Fault):
 
 
 class OnnxRuntimeSession(CheckedSession):
-    """One ONNX model on the CPU. Use `open`; the arguments are those of CheckedSession, a loaded session, its pages."""
+    """One ONNX model on the CPU. Use `open`; the arguments are those of CheckedSession and a loaded session."""
 
-    def __init__(
-        self, session: Any, artifact: Artifact, limits: Limits, pages: HugePages | None = None, *, timing: bool = False
-    ) -> None:
+    def __init__(self, session: Any, artifact: Artifact, limits: Limits, *, timing: bool = False) -> None:
         super().__init__(artifact, limits, timing=timing)
         self._session = session
-        self._pages = pages or HugePages(0)
+        self._pages = HugePages(0)
         self._outputs = [spec.name for spec in artifact.outputs]
         self._states: list[tuple[str, str, Any]] = []
         if artifact.states:
@@ -78,7 +76,9 @@ class OnnxRuntimeSession(CheckedSession):
         with translated(where, loading=True), _attention_kernel(artifact):
             session = onnxruntime.InferenceSession(str(bundle.file(artifact.model)), options, providers=_PROVIDERS)
         pages.loaded()
-        return cls(session, artifact, limits_of(bundle, artifact), pages, timing=timing)
+        opened = cls(session, artifact, limits_of(bundle, artifact), timing=timing)
+        opened._pages = pages
+        return opened
 
     def _bind_states(self) -> None:
         import onnxruntime

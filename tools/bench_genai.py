@@ -30,7 +30,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from importlib import import_module, metadata
+from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -39,10 +39,11 @@ from rich.console import Console
 from rich.table import Table
 
 from runtimes.host import cpu_model, usable_cores
+from tools.genai_contenders import CAPACITY, Contender
 from tools.random_student import SHAPES, write_student
 
-GROUP, CAPACITY = 128, 1024
-PREFILLS, PROMPT, STEPS = (64, 512), 64, 32
+GROUP = 128
+PREFILLS, STEPS = (64, 512), 32
 # Times that both are opened anew.
 OPENINGS = 5
 # Seconds between two turns: the waiting threads of both runtimes spin for some milliseconds.
@@ -173,133 +174,7 @@ def write_floating(student: Path, folder: Path) -> None:
     )
 
 
-# --- runs: a process per contender, which answers each line of its input with a line of JSON ------------------------
-
-
-class Ours:
-    """An artifact of our bundle in its session."""
-
-    MODULES = ("onnxruntime", "runtimes.bundle", "runtimes.sampling", "runtimes.session", "runtimes.onnxruntime_")
-
-    def __init__(self, folder: Path, mode: str, threads: int) -> None:
-        from runtimes.bundle import load_bundle
-        from runtimes.sampling import GREEDY, Allowed, Sampler
-        from runtimes.session import open_session
-
-        bundle = load_bundle(folder)
-        self._session = open_session(bundle, bundle.artifact("lm", "onnx", "fused", mode), threads)
-        self._sampler, self._allowed = Sampler(GREEDY, bundle.vocab_size), Allowed(0, bundle.vocab_size)
-
-    def start(self) -> None:
-        self._session.reset()
-
-    def prefill(self, ids: Any) -> None:
-        self._logits = self._session.run({"ids": ids})["logits"]
-
-    def step(self) -> None:
-        """Takes the most likely token and runs it."""
-        import numpy as np
-
-        token = self._sampler.pick(self._logits[0], self._allowed)
-        self._logits = self._session.run({"ids": np.array([[token]], np.int32)})["logits"]
-
-
-class Peer:
-    """The builder's model in GenAI's generator."""
-
-    MODULES = ("onnxruntime_genai",)
-
-    def __init__(self, folder: Path, mode: str, threads: int) -> None:
-        import onnxruntime_genai
-
-        del mode
-        path = folder / "genai_config.json"
-        config = json.loads(path.read_text())
-        config["model"]["decoder"]["session_options"] |= {"intra_op_num_threads": threads}
-        path.write_text(json.dumps(config))
-        self._library = onnxruntime_genai
-        self._model = onnxruntime_genai.Model(str(folder))
-
-    def start(self) -> None:
-        parameters = self._library.GeneratorParams(self._model)
-        parameters.set_search_options(max_length=CAPACITY, min_length=CAPACITY, do_sample=False)
-        self._generator = self._library.Generator(self._model, parameters)
-        self._fresh = True
-
-    def prefill(self, ids: Any) -> None:
-        self._generator.append_tokens(ids)
-
-    def step(self) -> None:
-        """Runs the last token and takes the most likely one; behind a prefill there is nothing to run yet."""
-        if self._fresh:
-            self._generator.generate_next_token()
-            self._fresh = False
-        self._generator.generate_next_token()
-
-
-CONTENDERS = {"ours": Ours, "peer": Peer}
-
-
-def contend(kind: str, folder: Path, mode: str, threads: int, vocabulary: int) -> None:
-    """A contender's process: loads, answers "prefill N" and "decode N" with seconds, "peak" and "held" with bytes."""
-    import numpy as np
-
-    from runtimes.host import peak_rss_bytes, rss_bytes
-
-    memory = {"peak": peak_rss_bytes, "held": rss_bytes}
-    rows = np.random.default_rng(0).integers(0, vocabulary - 8, (1, CAPACITY)).astype(np.int32)
-    for module in CONTENDERS[kind].MODULES:
-        import_module(module)  # no part of loading a model
-    start = time.perf_counter()
-    contender = CONTENDERS[kind](folder, mode, threads)
-    print(json.dumps(time.perf_counter() - start), flush=True)
-    for line in sys.stdin:
-        what, count = line.split()
-        if what in memory:
-            print(json.dumps(memory[what]()), flush=True)
-            continue
-        contender.start()
-        start = time.perf_counter()
-        contender.prefill(rows[:, : int(count) if what == "prefill" else PROMPT])
-        if what == "decode":
-            contender.step()
-            start = time.perf_counter()
-            for _ in range(int(count)):
-                contender.step()
-        print(json.dumps(time.perf_counter() - start), flush=True)
-
-
-class Contender:
-    """The process of one contender, waiting for its turns."""
-
-    def __init__(self, kind: str, folder: Path, mode: str, threads: int, vocabulary: int) -> None:
-        arguments = ["--contend", kind, str(folder), mode, str(threads), str(vocabulary)]
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tools.bench_genai", *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=Path(__file__).parent.parent,
-        )
-        self.load = self._answer()
-
-    def ask(self, what: str, count: int = 0) -> float:
-        """Sends one line and returns the answer."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{what} {count}\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def _answer(self) -> float:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"a contender ended with {self._process.wait()}")
-        return float(json.loads(line))
-
-    def close(self) -> None:
-        """Ends the process."""
-        self._process.communicate()
+# --- runs ------------------------------------------------------------------------------------------------------------
 
 
 def race(ours: Path, peer: Path, pair: Pair, vocabulary: int, threads: int, rounds: int) -> dict[str, dict[str, float]]:
@@ -384,24 +259,20 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="keeps checkpoints and exports there, and takes what is there")
     parser.add_argument("--output", type=Path, default=MEASUREMENTS)
     parser.add_argument("--export", nargs=3, metavar=("STUDENT", "OUT", "TABLES"), help=argparse.SUPPRESS)
-    parser.add_argument("--contend", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.export is not None:
         student, output, tables = options.export
         export_ours(Path(student), Path(output), tables)
-        return
-    if options.contend is not None:
-        kind, folder, mode, threads, vocabulary = options.contend
-        contend(kind, Path(folder), mode, int(threads), int(vocabulary))
         return
     with tempfile.TemporaryDirectory(prefix="genai-") as folder:
         work = options.work or Path(folder)
         work.mkdir(parents=True, exist_ok=True)
         pairs = [PAIRS[i] for i in options.pairs]
         report = compare(options.shape, work, options.threads, options.rounds, pairs)
+    chosen = "" if len(pairs) == len(PAIRS) else f" --pairs {' '.join(map(str, options.pairs))}"
     report = {
         "command": f"python -m tools.bench_genai --shape {options.shape} --threads {options.threads} "
-        f"--rounds {options.rounds}",
+        f"--rounds {options.rounds}{chosen}",
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{cpu_model()}, {usable_cores()} cores, Python {platform.python_version()}",
         "versions": {name: metadata.version(name) for name in VERSIONS},

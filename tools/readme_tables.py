@@ -3,7 +3,7 @@
     python -m tools.readme_tables BUNDLE... [--check]
 
 Backends x profiles comes from the reports of the given bundles and the profiles themselves; speed, from
-tools/measurements/peers.json (see tools/bench_peers.py); sizes, from genai.json there (tools/bench_genai.py); integer
+tools/measurements/peers.json (see tools/bench_peers.py); sizes, from genai*.json there (tools/bench_genai.py); integer
 products, from integers.json (tools/bench_integers.py); quality, from the reference student's quality.json. Each table
 stands between two marks, `<!-- NAME -->` and `<!-- /NAME -->`.
 """
@@ -187,22 +187,21 @@ def main() -> int:
     return 0
 
 
+#: name of a table -> the kept figures that it is made of, and how
+RECORDED = {
+    "speed": (MEASUREMENTS / "peers.json", speed_table),
+    "backends": (MEASUREMENTS / "backends.json", backends_table),
+    "quantise": (MEASUREMENTS / "quantise.json", quantise_table),
+    "integers": (MEASUREMENTS / "integers.json", integers_table),
+    "sizes": (MEASUREMENTS / "genai.json", sizes_table),
+    "larger": (MEASUREMENTS / "genai-1.5b.json", sizes_table),
+    "quality": (DATA / "shared" / "quality.json", quality_table),
+}
+
+
 def recorded_tables() -> dict[str, str]:
     """The tables whose figures are kept in the repository."""
-    tables = {}
-    if (MEASUREMENTS / "peers.json").is_file():
-        tables["speed"] = speed_table(json.loads((MEASUREMENTS / "peers.json").read_text()))
-    if (MEASUREMENTS / "backends.json").is_file():
-        tables["backends"] = backends_table(json.loads((MEASUREMENTS / "backends.json").read_text()))
-    if (MEASUREMENTS / "quantise.json").is_file():
-        tables["quantise"] = quantise_table(json.loads((MEASUREMENTS / "quantise.json").read_text()))
-    if (MEASUREMENTS / "integers.json").is_file():
-        tables["integers"] = integers_table(json.loads((MEASUREMENTS / "integers.json").read_text()))
-    if (MEASUREMENTS / "genai.json").is_file():
-        tables["sizes"] = sizes_table(json.loads((MEASUREMENTS / "genai.json").read_text()))
-    if (quality := DATA / "shared" / "quality.json").is_file():
-        tables["quality"] = quality_table(json.loads(quality.read_text()))
-    return tables
+    return {name: make(json.loads(file.read_text())) for name, (file, make) in RECORDED.items() if file.is_file()}
 
 
 if __name__ == "__main__":

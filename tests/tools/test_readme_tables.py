@@ -12,7 +12,7 @@ from tools.readme_tables import ORDER, README, fill, recorded_tables, support_ta
 
 def test_the_readme_shows_the_figures_that_are_kept() -> None:
     text = README.read_text()
-    assert set(recorded_tables()) == {"speed", "quality", "backends", "quantise", "sizes"}
+    assert set(recorded_tables()) >= {"speed", "quality", "backends", "quantise", "sizes"}
     assert fill(text, recorded_tables()) == text
 
 
