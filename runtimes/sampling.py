@@ -100,31 +100,35 @@ class Sampler:
 
     def _draw(self, logits: Array, allowed: Allowed) -> int:
         size = allowed.end - allowed.first
-        weights = self._scratch[: size + len(allowed.also)]
-        weights[:size] = logits[allowed.first : allowed.end]
+        scaled = self._scratch[: size + len(allowed.also)]
+        scaled[:size] = logits[allowed.first : allowed.end]
         for i, other in enumerate(allowed.also, size):
-            weights[i] = logits[other]
-        top = weights.max()
+            scaled[i] = logits[other]
+        top = scaled.max()
         if not np.isfinite(top):
             return -1
-        weights -= top
-        weights /= self.settings.temperature
-        np.exp(weights, out=weights)
-        chosen = self._choose(weights)
+        scaled -= top
+        scaled /= self.settings.temperature
+        chosen = self._choose(scaled)
         return allowed.first + chosen if chosen < size else allowed.also[chosen - size]
 
-    def _choose(self, weights: Array) -> int:
-        """An index drawn in proportion to its weight: of the top_k largest, then of the fewest that hold top_p."""
+    def _choose(self, scaled: Array) -> int:
+        """An index drawn in proportion to exp(scaled): of the top_k largest, then of the fewest that hold top_p.
+
+        `scaled` is overwritten.
+        """
         settings = self.settings
         keep = None
-        if 0 < settings.top_k < weights.size:
-            keep = np.argpartition(weights, -settings.top_k)[-settings.top_k :]
+        if 0 < settings.top_k < scaled.size:
+            keep = np.argpartition(scaled, -settings.top_k)[-settings.top_k :]
+            scaled = scaled[keep]
+        weights = np.exp(scaled, out=scaled)
         if settings.top_p < 1:
-            keep = np.arange(weights.size) if keep is None else keep
-            keep = keep[np.argsort(-weights[keep], kind="stable")]
-            total = np.cumsum(weights[keep])
-            keep = keep[: int(np.searchsorted(total, settings.top_p * total[-1])) + 1]
-        bounds = np.cumsum(weights if keep is None else weights[keep])
+            order = np.argsort(-weights, kind="stable")
+            total = np.cumsum(weights[order])
+            order = order[: int(np.searchsorted(total, settings.top_p * total[-1])) + 1]
+            keep, weights = order if keep is None else keep[order], weights[order]
+        bounds = np.cumsum(weights)
         # "right" never lands on an index of weight 0, as random() < 1.
         index = int(np.searchsorted(bounds, self._random.random() * bounds[-1], side="right"))
         return index if keep is None else int(keep[index])
